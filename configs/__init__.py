@@ -1,0 +1,1 @@
+"""Recipe configs; `pact ls` lists them."""

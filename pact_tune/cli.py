@@ -1,0 +1,64 @@
+"""The `pact` command: a table of tools, each a module with `main(argv)`."""
+
+import importlib
+import sys
+
+from pact_tune.errors import UserError
+from pact_tune.version import __version__
+
+# words on the command line -> (module, what it does)
+COMMANDS = {
+    ("demo",): ("pact_tune.tools.demo", "the whole story on a small model: SFT, PACT and PACT+tail compared"),
+    ("ls",): ("pact_tune.tools.configs", "list the recipe's configs"),
+    ("cp",): ("pact_tune.tools.configs", "copy a config to edit it"),
+    ("run",): ("pact_tune.tools.configs", "run the recipe; same as `tune run`"),
+    ("validate",): ("pact_tune.tools.configs", "check a config, by name or path"),
+    ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
+    ("tokens", "from-templates"): ("pact_tune.tools.safety_tokens_from_templates", "safety tokens from a tokenizer alone"),
+    ("tokens", "show"): ("pact_tune.tools.show_safety_tokens", "look at, or compare, safety tokens"),
+    ("tokens", "publish"): ("pact_tune.tools.publish_safety_tokens", "publish safety tokens to the Hugging Face Hub"),
+    ("tokens", "download"): ("pact_tune.tools.download_safety_tokens", "download safety tokens from the Hub"),
+    ("tokens", "intervene"): ("pact_tune.tools.intervene", "boost or ablate safety tokens during generation"),
+}
+
+
+def _usage() -> str:
+    rows = [f"  pact {' '.join(words):<24} {text}" for words, (_, text) in COMMANDS.items()]
+    return "usage: pact COMMAND ... (each command has --help)\n\n" + "\n".join(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one tool.
+
+    Args:
+        argv (list[str] | None): the command line after `pact`; default `sys.argv[1:]`.
+
+    Returns:
+        int: exit code; 0 when it worked.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv in ([], ["-h"], ["--help"], ["tokens"], ["tokens", "--help"], ["tokens", "-h"]):
+        print(_usage())
+        return 0
+    if argv == ["--version"]:
+        print(__version__)
+        return 0
+    words = next((words for words in COMMANDS if tuple(argv[: len(words)]) == words), None)
+    if words is None:
+        print(f"pact: unknown command '{' '.join(argv[:2])}'.\n{_usage()}", file=sys.stderr)
+        return 2
+    tool = importlib.import_module(COMMANDS[words][0])
+    # A module that serves several commands is told which one.
+    rest = argv[len(words) :] if len(words) == 2 or words == ("demo",) else argv
+    try:
+        return tool.main(rest) or 0
+    except UserError as error:
+        print(f"pact: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("pact: interrupted.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
