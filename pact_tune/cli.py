@@ -14,7 +14,10 @@ COMMANDS = {
     ("run",): ("pact_tune.tools.configs", "run the recipe; same as `tune run`"),
     ("validate",): ("pact_tune.tools.configs", "check a config, by name or path"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
-    ("tokens", "from-templates"): ("pact_tune.tools.safety_tokens_from_templates", "safety tokens from a tokenizer alone"),
+    ("tokens", "from-templates"): (
+        "pact_tune.tools.safety_tokens_from_templates",
+        "safety tokens from a tokenizer alone",
+    ),
     ("tokens", "show"): ("pact_tune.tools.show_safety_tokens", "look at, or compare, safety tokens"),
     ("tokens", "publish"): ("pact_tune.tools.publish_safety_tokens", "publish safety tokens to the Hugging Face Hub"),
     ("tokens", "download"): ("pact_tune.tools.download_safety_tokens", "download safety tokens from the Hub"),

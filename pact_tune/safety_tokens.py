@@ -67,10 +67,12 @@ class SafetyTokens:
             tokens come from templates and nothing was measured.
         reference_probability (torch.Tensor): mean probability under the aligned model, ``[K]`` float32.
         candidates (dict[str, torch.Tensor]): ``ids``, ``scores`` and ``reference_probability`` (each ``[M]``) of the
-            tokens that a later :meth:`select` may choose from; holds S.
+            tokens that a later :meth:`select` may choose from; holds S. Where benign prompts were given, also
+            ``benign_probability``, the mean probability in the aligned model's answers to them.
         provenance (dict[str, Any]): how the tokens were found; at least ``method``, ``tokenizer_fingerprint`` and
             ``vocab_size``.
         tokens (list[str]): the tokens as text.
+        candidate_tokens (list[str]): the candidates as text; may be empty.
     """
 
     ids: torch.Tensor
@@ -80,6 +82,7 @@ class SafetyTokens:
     candidates: dict[str, torch.Tensor]
     provenance: dict[str, Any]
     tokens: list[str] = field(default_factory=list)
+    candidate_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -136,9 +139,11 @@ class SafetyTokens:
         k = len(self) if k is None else k
         values = {"score": "scores", "reference_probability": "reference_probability"}[ranking]
         order = top_k(self.candidates[values], self.candidates["ids"], k)
-        chosen = {name: tensor[order] for name, tensor in self.candidates.items()}
+        chosen = {name: self.candidates[name][order] for name in ("ids", "scores", "reference_probability")}
         options = self.provenance.get("options", {}) | {"k": k, "ranking": ranking, "weighting": weighting}
         names = dict(zip(self.ids.tolist(), self.tokens, strict=True)) if self.tokens else {}
+        if self.candidate_tokens:
+            names |= zip(self.candidates["ids"].tolist(), self.candidate_tokens, strict=True)
         return dataclasses.replace(
             self,
             **chosen,
@@ -168,13 +173,22 @@ class SafetyTokens:
                 **self.provenance,
                 "package_version": __version__,
                 "tokens": self.tokens,
+                "candidate_tokens": self.candidate_tokens,
             }
-            (folder / JSON_FILE).write_text(json.dumps(description, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+            (folder / JSON_FILE).write_text(
+                json.dumps(description, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+            )
+
+    @property
+    def style(self) -> torch.Tensor | None:
+        """Which of S are mere style, ``[K]`` bool: at least as probable in benign answers; None when not measured."""
+        if "benign_probability" not in self.candidates:
+            return None
+        where = (self.candidates["ids"][None] == self.ids[:, None]).int().argmax(1)
+        return self.candidates["benign_probability"][where] >= self.candidates["reference_probability"][where]
 
     @classmethod
-    def load(
-        cls, source: str | Path, *, revision: str | None = None, subfolder: str | None = None
-    ) -> "SafetyTokens":
+    def load(cls, source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> "SafetyTokens":
         """Loads safety tokens from a folder, a Hugging Face Hub repository or a known short name.
 
         Args:
@@ -205,7 +219,9 @@ class SafetyTokens:
                 "make them with `pact tokens compute`."
             ) from error
         except Exception as error:  # safetensors has an exception type of its own, json another
-            raise UserError(f"The safety tokens in '{folder}' are damaged ({error}): download or compute them again.") from error
+            raise UserError(
+                f"The safety tokens in '{folder}' are damaged ({error}): download or compute them again."
+            ) from error
         version = description.pop("schema_version", None)
         if version != SCHEMA_VERSION:
             raise UserError(
@@ -215,10 +231,18 @@ class SafetyTokens:
         description.pop("k")
         names = ("ids", "weights", "scores", "reference_probability")
         candidates = {n.removeprefix("candidates."): t for n, t in tensors.items() if n.startswith("candidates.")}
-        if missing := [n for n in names if n not in tensors] + [n for n in names if n not in candidates and n != "weights"]:
-            raise UserError(f"The safety tokens in '{folder}' lack the tensor '{missing[0]}': download or compute them again.")
+        if missing := [n for n in names if n not in tensors] + [
+            n for n in names if n not in candidates and n != "weights"
+        ]:
+            raise UserError(
+                f"The safety tokens in '{folder}' lack the tensor '{missing[0]}': download or compute them again."
+            )
         return cls(
-            **{n: tensors[n] for n in names}, candidates=candidates, tokens=description.pop("tokens"), provenance=description
+            **{n: tensors[n] for n in names},
+            candidates=candidates,
+            tokens=description.pop("tokens"),
+            candidate_tokens=description.pop("candidate_tokens", []),
+            provenance=description,
         )
 
 

@@ -1,0 +1,462 @@
+"""LoRA fine-tuning that keeps refusals, for one process or many.
+
+    tune run pact_lora_finetune --config qwen2_5/7B_pact_lora
+    tune run --nproc_per_node 4 pact_lora_finetune --config llama3_1/8B_pact_lora
+
+One class serves both: with several processes the model is sharded with FSDP2 (gloo on CPUs, NCCL on GPUs).
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torchtune import config, modules, training, utils
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from torchtune.recipe_interfaces import FTRecipeInterface
+from tqdm import tqdm
+
+from pact_tune.batching import collate, epoch_order, rank_rows, response_only_views
+from pact_tune.conversations import Conversation, response_only_prefix
+from pact_tune.errors import UserError
+from pact_tune.files import atomic_file
+from pact_tune.objectives import Reference
+from pact_tune.reference_cache import ReferenceCache, batches_of
+from pact_tune.torchtune import lora
+from pact_tune.torchtune.config import complete, register_resolvers, resolve_argv
+from pact_tune.torchtune.model import Decoder
+from pact_tune.version import __version__
+
+log = utils.get_logger("INFO")
+
+STATE_FILE = "recipe_state.pt"
+MASS_RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
+
+
+class PACTLoRAFinetuneRecipe(FTRecipeInterface):
+    """LoRA fine-tuning with any objective of :mod:`pact_tune.objectives`.
+
+    The order of the rows, the initial adapter and dropout depend on the seed and the step alone. So a run that was
+    killed and resumed ends with the same adapter as one that was not, and a run on N processes sees the same global
+    batches as a run on one.
+
+    Args:
+        cfg (DictConfig): a complete config, see :func:`pact_tune.torchtune.config.complete`.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.cfg = cfg
+        self.device = utils.get_device(cfg.device)
+        self.dtype = training.get_dtype(cfg.dtype, device=self.device)
+        if self.dtype is torch.float16:
+            raise UserError("dtype fp16 is not supported: use bf16 or fp32.")
+        self.world_size, self.rank = utils.get_world_size_and_rank()
+        self.output_dir = Path(cfg.output_dir)
+        self.global_step = 0
+
+    # Set-up ----------------------------------------------------------------------------------------------------------
+
+    def setup(self, cfg: DictConfig) -> None:
+        """Builds everything; what needs no weights is checked before they are loaded.
+
+        Args:
+            cfg (DictConfig): the complete config.
+
+        Raises:
+            UserError: bad input, with the mend.
+        """
+        self.tokenizer = config.instantiate(cfg.tokenizer)
+        self.checkpointer = config.instantiate(cfg.checkpointer)
+        self.objective = config.instantiate(cfg.loss)
+        self.objective.prepare(self.tokenizer, self.checkpointer.vocab_size)
+        self.dataset = config.instantiate(cfg.dataset, self.tokenizer)
+        for counts in self.dataset.counts:
+            self._say(f"Data: {counts}")
+        self.objective.to(self.device)
+        self._setup_steps()
+        state = self.load_checkpoint() if cfg.resume_from_checkpoint else None
+        if state and state["global_step"] >= self.total_steps:
+            raise UserError(
+                f"The run in '{self.output_dir}' is complete ({self.total_steps} steps): nothing to resume."
+            )
+
+        self.logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
+        self.decoder = Decoder(self._setup_model(state), self.tokenizer.pad_token_id, self.device)
+        self.model = self.decoder.model
+        self._setup_optimizer(state)
+        self._setup_reference()
+
+    def _setup_steps(self) -> None:
+        """How rows become steps; a last batch that is not full is trained on like any other."""
+        cfg = self.cfg
+        self.rows_per_step = cfg.batch_size * self.world_size * cfg.gradient_accumulation_steps
+        self.steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
+        if cfg.max_steps_per_epoch is not None:
+            self.steps_per_epoch = min(self.steps_per_epoch, cfg.max_steps_per_epoch)
+        self.total_steps = self.steps_per_epoch * cfg.epochs
+
+    def _setup_model(self, state: dict[str, Any] | None) -> torch.nn.Module:
+        """Base weights from the checkpoint, adapter from the seed or from the state of the run to resume."""
+        cfg = self.cfg
+        base = self.checkpointer.load()
+        distributed = self.world_size > 1
+        with training.set_default_dtype(self.dtype), torch.device("meta" if distributed else self.device):
+            model = config.instantiate(cfg.model)
+        lora.check(model)
+        set_trainable_params(model, get_adapter_params(model))
+        adapter = state["adapter"] if state else lora.initial_adapter(model, cfg.seed)
+        lora.check_fit(model, base, adapter)
+        if cfg.compile:
+            training.compile_model(model, verbose=self.rank == 0)
+        if cfg.enable_activation_checkpointing:
+            training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        if distributed:
+            lora.shard(model, base, adapter, self.device, self.dtype, cfg.fsdp_reshard_after_forward)
+        else:
+            model.load_state_dict(base | adapter)
+        return model
+
+    def _setup_optimizer(self, state: dict[str, Any] | None) -> None:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = config.instantiate(self.cfg.optimizer, parameters)
+        self.scheduler = None
+        if self.cfg.lr_scheduler is not None:
+            self.scheduler = config.instantiate(
+                self.cfg.lr_scheduler, self.optimizer, num_training_steps=self.total_steps, last_epoch=-1
+            )
+        if state is None:
+            return
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world_size > 1)
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
+        self.global_step = state["global_step"]
+        self._say(f"Resuming after step {self.global_step} of {self.total_steps}.")
+
+    def _setup_reference(self) -> None:
+        """Computes and stores the reference of all rows, unless the objective needs none or it is to be run live."""
+        self.cache = None
+        if not self.objective.views:
+            return
+        if "response_only" in self.objective.views:
+            self.prefix = response_only_prefix(self.tokenizer, self.objective.response_only_bos)
+        if self.cfg.reference_cache is None:
+            self._report_mass(self.dataset.conversations[:: max(1, len(self.dataset) // 256)])
+            return
+        columns = self.objective.columns
+        reference = {
+            "weights": self.checkpointer.weights_hash,
+            "dtype": str(self.dtype),
+            "safety_tokens": columns.ids.tolist(),
+            "tail": columns.tail,
+        }
+        self.cache = ReferenceCache(reference=reference, **self.cfg.reference_cache)
+        self._fill_cache()
+        self._report_mass(self.dataset.conversations)
+
+    def _fill_cache(self) -> None:
+        """Stores what is missing; under FSDP every rank runs the same number of forwards."""
+        needed = [view for c in self.dataset.conversations for view in self._views(c)]
+        plan = [self.cache.plan(needed) if self.rank == 0 else None]
+        if self.world_size > 1:  # rank 0 decides: another process may be filling the same cache meanwhile
+            dist.broadcast_object_list(plan)
+        shards = plan[0]
+        if not shards:
+            self._say(f"Reference cache: all {len(needed)} views are in {self.cache.directory}")
+            return
+        mine = rank_rows(shards, self.rank, self.world_size)
+        forwards = max(
+            sum(len(batches_of(shard)) for shard in rank_rows(shards, rank, self.world_size))
+            for rank in range(self.world_size)
+        )
+        tokens = sum(len(c.tokens) for shard in shards for c in shard)
+        self._say(f"Reference cache: computing {sum(map(len, shards))} views into {self.cache.directory}")
+        with tqdm(total=tokens, unit="tok", unit_scale=True, desc="Reference", disable=self.rank != 0) as bar:
+            for shard in mine:
+                parts = []
+                for batch in batches_of(shard):
+                    parts += self._reference_of(batch)
+                    bar.update(sum(len(c.tokens) for c in batch) * self.world_size)
+                    forwards -= 1
+                self.cache.store(shard, parts)
+            for _ in range(forwards):
+                self._reference_of([])
+        if self.world_size > 1:
+            dist.barrier()
+        self.cache.refresh()
+
+    def _views(self, conversation: Conversation) -> Iterator[Conversation]:
+        """The reference views of a conversation that the objective needs."""
+        yield conversation
+        if "response_only" in self.objective.views:
+            yield from self._response_only(conversation)
+
+    def _response_only(self, conversation: Conversation) -> list[Conversation]:
+        return response_only_views(conversation, self.prefix, self.objective.response_only_tokens)
+
+    def _reference_of(self, conversations: Sequence[Conversation]) -> list[torch.Tensor]:
+        """Columns of one batch of conversations, one tensor ``[n, C]`` each."""
+        columns = self.decoder.reference_columns(conversations, self.objective.columns)
+        return list(columns.split([c.num_response_tokens for c in conversations]))
+
+    def _report_mass(self, conversations: Sequence[Conversation]) -> None:
+        """Says how much probability the reference gives to S on the training rows (with the tail alone it is known).
+
+        Much of it at position 0 means that the rows begin unlike the aligned model's own answers, or that S holds mere
+        style tokens: the constraint will then fight the task.
+        """
+        if not self.objective.columns.tail:
+            return
+        total, count = torch.zeros(len(MASS_RANGES)), torch.zeros(len(MASS_RANGES))
+        for batch in batches_of(sorted(conversations, key=lambda c: -len(c.tokens))):
+            full = self.cache.get(batch) if self.cache else torch.cat(self._reference_of(batch)).cpu()
+            mass = 1 - full.softmax(-1)[:, -1]
+            position = collate(batch, 0).position
+            for i, (start, end) in enumerate(MASS_RANGES.values()):
+                inside = (position >= start) & (position < (end or torch.inf))
+                total[i] += mass[inside].sum()
+                count[i] += inside.sum()
+        shares = dict(zip(MASS_RANGES, (total / count.clamp(min=1)).tolist(), strict=True))
+        text = ", ".join(f"{name}: {share:.3f}" for name, share in shares.items())
+        self._say(f"Reference's mean probability mass on the safety tokens, by response position: {text}")
+        if shares["0"] > 0.5:
+            self._say(
+                "WARNING: more than half of the mass at response position 0 lies on the safety tokens: the training "
+                "rows begin unlike the aligned model's own answers, or the safety tokens include mere style tokens; "
+                "the constraint will fight the task (see docs/method.md, 'When the constraint fights the task')."
+            )
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Runs the remaining steps, writing a result after each epoch."""
+        cfg = self.cfg
+        while self.global_step < self.total_steps:
+            epoch, done = divmod(self.global_step, self.steps_per_epoch)
+            order = epoch_order(len(self.dataset), cfg.seed, epoch, cfg.shuffle)
+            steps = range(done, self.steps_per_epoch)
+            self._start_interval()
+            with tqdm(
+                steps, desc=f"Epoch {epoch + 1}/{cfg.epochs}", initial=done, total=self.steps_per_epoch,
+                unit="step", disable=self.rank != 0,
+            ) as bar:  # fmt: skip
+                for step in bar:
+                    self._step(order[step * self.rows_per_step : (step + 1) * self.rows_per_step])
+                    last = step + 1 == self.steps_per_epoch
+                    if self.global_step % cfg.log_every_n_steps == 0 or last:
+                        bar.set_postfix_str(self._log())
+                    if cfg.save_every_n_steps and self.global_step % cfg.save_every_n_steps == 0 and not last:
+                        self._save_state()
+            self.save_checkpoint(epoch)
+        self._say(f"Done: the result is {self.output_dir / f'epoch_{cfg.epochs - 1}'}")
+
+    def _step(self, rows: list[int]) -> None:
+        """One optimiser step on a global batch, given by its row numbers."""
+        # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
+        torch.manual_seed((self.cfg.seed * 1_000_003 + self.global_step) * 1024 + self.rank)
+        response_tokens = sum(self.dataset.conversations[row].num_response_tokens for row in rows)
+        micro_rows = self.cfg.batch_size * self.world_size
+        for start in range(0, len(rows), micro_rows):
+            mine = rank_rows(rows[start : start + micro_rows], self.rank, self.world_size)
+            conversations = [self.dataset.conversations[row] for row in mine]
+            batch = collate(conversations, self.decoder.pad_id).to(self.device)
+            reference = self._reference(conversations)
+            # All ranks know the global batch, so its token count needs no communication. FSDP averages over ranks.
+            loss, metrics = self.decoder.loss(batch, self.objective, reference, self.world_size / response_tokens)
+            loss.backward()
+            self.interval_metrics += metrics
+        self.interval_tokens += response_tokens
+        if self.cfg.clip_grad_norm is not None:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float(self.cfg.clip_grad_norm))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.global_step += 1
+
+    def _reference(self, conversations: list[Conversation]) -> Reference:
+        """The reference views at a batch's positions, from the cache or from a forward of the frozen network."""
+        if not self.objective.views:
+            return Reference()
+
+        def read(views: list[Conversation]) -> torch.Tensor:
+            if self.cache is None:
+                return self.decoder.reference_columns(views, self.objective.columns)
+            if not views:
+                return torch.empty(0, self.objective.columns.width, device=self.device)
+            return self.cache.get(views).to(self.device, non_blocking=True)
+
+        full = read(conversations)
+        if "response_only" not in self.objective.views:
+            return Reference(full)
+        views = [self._response_only(c) for c in conversations]
+        short = read([view for group in views for view in group])
+        # Where the view was cut the gate is negligible: there the full view stands in, which Eq. 7 then leaves as it is.
+        lengths = [v.num_response_tokens for group in views for v in group]
+        spans = [end - start for c in conversations for start, end in c.responses]
+        if lengths == spans:
+            return Reference(full, short)
+        parts = []
+        for whole, part in zip(full.split(spans), short.split(lengths), strict=True):
+            parts += [part, whole[len(part) :]]
+        return Reference(full, torch.cat(parts))
+
+    # Logging ---------------------------------------------------------------------------------------------------------
+
+    def _start_interval(self) -> None:
+        self.interval_metrics = torch.zeros(len(self.objective.metric_names), device=self.device)
+        self.interval_tokens = 0
+        self.interval_start = time.perf_counter()
+
+    def _log(self) -> str:
+        """Logs the means since the last call; the one place where the loop waits for the device."""
+        if self.world_size > 1:
+            dist.all_reduce(self.interval_metrics)
+        values = (self.interval_metrics / self.interval_tokens).tolist()
+        metrics = dict(zip(self.objective.metric_names, values, strict=True))
+        metrics["loss"] = self.objective.total(metrics)
+        metrics["lr"] = self.optimizer.param_groups[0]["lr"]
+        metrics["tokens_per_second"] = self.interval_tokens / (time.perf_counter() - self.interval_start)
+        if self.cfg.clip_grad_norm is not None:
+            norm = self.grad_norm
+            metrics["grad_norm"] = (norm.full_tensor() if self.world_size > 1 else norm).item()
+        if self.cfg.log_peak_memory_stats and self.device.type != "cpu":
+            metrics |= training.get_memory_stats(device=self.device)
+        if self.logger is not None:
+            self.logger.log_dict(metrics, step=self.global_step)
+        self._start_interval()
+        shown = [f"{name} {metrics[name]:.3f}" for name in self.objective.metric_names]
+        return ", ".join([*shown, f"{metrics['tokens_per_second']:.0f} tok/s"])
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            tqdm.write(text)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """State of the run to resume.
+
+        Returns:
+            dict[str, Any]: adapter, optimizer, scheduler, global_step and the run's identity.
+
+        Raises:
+            UserError: there is none, or it belongs to a run with other data or steps.
+        """
+        path = self.output_dir / STATE_FILE
+        if not path.is_file():
+            raise UserError(
+                f"There is no {STATE_FILE} in '{self.output_dir}' to resume from: set resume_from_checkpoint: False."
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for key, value in self._identity().items():
+            if state["identity"][key] != value:
+                raise UserError(
+                    f"The run in '{self.output_dir}' cannot be resumed with this config: its {key} was "
+                    f"{state['identity'][key]}, now it is {value}."
+                )
+        return state
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a run and its resumption."""
+        return {
+            "seed": self.cfg.seed,
+            "rows": len(self.dataset),
+            "tokens": sum(len(c.tokens) for c in self.dataset.conversations),
+            "rows per step": self.rows_per_step,
+            "total steps": self.total_steps,
+            "reference": self.checkpointer.weights_hash,
+        }
+
+    def _save_state(self) -> None:
+        """Writes all that a resumption needs to one file, which is replaced as a whole."""
+        adapter = lora.gather(get_adapter_params(self.model))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        if self.rank == 0:
+            state = {
+                "adapter": adapter,
+                "optimizer": optimizer,
+                "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
+                "global_step": self.global_step,
+                "identity": self._identity(),
+            }
+            with atomic_file(self.output_dir / STATE_FILE) as file:
+                torch.save(state, file)
+        if self.world_size > 1:
+            dist.barrier()
+
+    def save_checkpoint(self, epoch: int) -> None:
+        """Writes an epoch's result (merged model, PEFT adapter, pact.json), then the state to resume from.
+
+        Args:
+            epoch (int): counted from 0; names the folder.
+        """
+        adapter = lora.gather(get_adapter_params(self.model))
+        if self.rank == 0:
+            rank, alpha = lora.rank_and_alpha(self.model)
+            base = None if self.cfg.save_adapter_weights_only else self.checkpointer.load()
+            notes = {
+                "pact_tune": __version__,
+                "epoch": epoch,
+                "steps": self.global_step,
+                "config": OmegaConf.to_container(self.cfg, resolve=True),
+                "reference": self.checkpointer.weights_hash,
+                "data": [vars(counts) for counts in self.dataset.counts],
+            }
+            directory = self.checkpointer.save(f"epoch_{epoch}", base, adapter, rank, alpha, notes)
+            self._say(f"Saved {directory}")
+        self._save_state()
+
+    def cleanup(self) -> None:
+        """Closes the metric logger and the process group."""
+        if self.logger is not None:
+            self.logger.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@config.parse
+def recipe_main(cfg: DictConfig) -> str | None:
+    """Runs the recipe; see `pact ls` for its configs.
+
+    Returns:
+        str | None: the message of a user error, which ends the process with exit code 1.
+    """
+    rank_zero = True
+    try:
+        cfg = complete(cfg)
+        if training.is_distributed():
+            backend = "gloo" if cfg.device == "cpu" else "cuda:nccl,cpu:gloo"
+            dist.init_process_group(backend)
+            rank_zero = dist.get_rank() == 0
+        recipe = PACTLoRAFinetuneRecipe(cfg)
+        recipe.setup(cfg)
+        recipe.train()
+        recipe.cleanup()
+    except UserError as error:
+        return f"pact_lora_finetune: {error}" if rank_zero else ""
+    return None
+
+
+def main() -> None:
+    """Entry point of `tune run pact_lora_finetune`: takes the name of a shipped config as well as a path."""
+    register_resolvers()
+    try:
+        sys.argv = resolve_argv(sys.argv)
+    except UserError as error:
+        sys.exit(f"pact_lora_finetune: {error}")
+    recipe_main()
+
+
+if __name__ == "__main__":
+    main()

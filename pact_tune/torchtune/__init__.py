@@ -1,0 +1,5 @@
+"""What torchtune lacks: chat-template data, safety columns from its models, exports that load elsewhere."""
+
+from pact_tune.torchtune.checkpoint import HFCheckpointer
+
+__all__ = ["HFCheckpointer"]

@@ -1,0 +1,95 @@
+"""Conversations to batches: tensors of one forward, and the order of an epoch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pact_tune.conversations import Conversation
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward's input. B conversations, padded on the right to S tokens; T response tokens in all.
+
+    Attributes:
+        tokens (torch.Tensor): ``[B, S]`` int64.
+        index (torch.Tensor): rows of the flattened hidden states ``[B * S, H]`` that predict a response token, ``[T]``.
+        labels (torch.Tensor): those response tokens, ``[T]``.
+        position (torch.Tensor): t of each, counted from 0 at the start of its response, ``[T]``.
+    """
+
+    tokens: torch.Tensor
+    index: torch.Tensor
+    labels: torch.Tensor
+    position: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+
+
+def collate(conversations: Sequence[Conversation], pad_id: int) -> Batch:
+    """Pads conversations to a batch.
+
+    Padding stands on the right, where causal attention never looks back from, so that no mask is needed.
+
+    Args:
+        conversations (Sequence[Conversation]): may be empty: a rank without rows still takes part in the forward.
+        pad_id (int): id to pad with.
+
+    Returns:
+        Batch: on the CPU. The last token of each conversation is only ever a label.
+    """
+    inputs = [c.tokens[:-1] or c.tokens for c in conversations] or [[pad_id]]
+    width = max(map(len, inputs))
+    tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in inputs])
+    spans = [(row, *span) for row, c in enumerate(conversations) for span in c.responses]
+    index = [row * width + j - 1 for row, start, end in spans for j in range(start, end)]
+    labels = [token for row, start, end in spans for token in conversations[row].tokens[start:end]]
+    position = [t for _, start, end in spans for t in range(end - start)]
+    return Batch(tokens, *(torch.tensor(values, dtype=torch.int64) for values in (index, labels, position)))
+
+
+def response_only_views(
+    conversation: Conversation, prefix: Sequence[int], max_tokens: int | None
+) -> list[Conversation]:
+    """The response-only view of each response (paper, section 3.2): assistant header + response, no prompt.
+
+    A view is a conversation of its own, so that the reference, and its cache, treat both views alike; equal responses
+    have equal views.
+
+    Args:
+        conversation (Conversation): the whole chat.
+        prefix (Sequence[int]): ids of (BOS +) assistant header.
+        max_tokens (int | None): response tokens to keep; beyond it the gate of Eq. 8 is negligible.
+
+    Returns:
+        list[Conversation]: one a response.
+    """
+    prefix = list(prefix)
+    responses = [conversation.tokens[start:end][:max_tokens] for start, end in conversation.responses]
+    return [Conversation(prefix + tokens, [(len(prefix), len(prefix) + len(tokens))]) for tokens in responses]
+
+
+def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
+    """Row numbers in the order of one epoch; depends on the arguments alone, on every rank alike.
+
+    Args:
+        num_rows (int): rows of the data set.
+        seed (int): of the run.
+        epoch (int): counted from 0.
+        shuffle (bool): False keeps the data set's order.
+
+    Returns:
+        list[int]: a permutation of ``range(num_rows)``.
+    """
+    if not shuffle:
+        return list(range(num_rows))
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(num_rows, generator=generator).tolist()
+
+
+def rank_rows(rows: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """The rows of a global batch that one rank computes: every ``world_size``-th, so that lengths spread evenly."""
+    return list(rows[rank::world_size])

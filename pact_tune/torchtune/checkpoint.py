@@ -1,0 +1,202 @@
+"""Hugging Face checkpoints in and out of torchtune's naming: base weights, merged models and PEFT adapters."""
+
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
+from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
+from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
+
+from pact_tune.errors import UserError, unknown_key
+from pact_tune.files import atomic_folder
+
+StateDict = dict[str, torch.Tensor]
+# checkpointer.model_type -> (model_type of config.json, to torchtune, to Hugging Face)
+FAMILIES: dict[str, tuple[str, Callable, Callable]] = {
+    "QWEN2": ("qwen2", qwen2_hf_to_tune, qwen2_tune_to_hf),
+    "LLAMA3": ("llama", hf_to_tune, tune_to_hf),
+    "LLAMA3_2": ("llama", hf_to_tune, tune_to_hf),
+}
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+
+
+class HFCheckpointer:
+    """Reads a Hugging Face checkpoint folder; writes merged checkpoints and PEFT adapters.
+
+    Args:
+        checkpoint_dir (str): folder with config.json and safetensors files.
+        model_type (str): "QWEN2" (Qwen2, Qwen2.5), "LLAMA3" (Llama 3, 3.1, 3.3) or "LLAMA3_2".
+        output_dir (str): where the recipe's results go.
+
+    Raises:
+        UserError: no checkpoint there, or one of another family.
+    """
+
+    def __init__(self, checkpoint_dir: str, model_type: str, output_dir: str) -> None:
+        if model_type not in FAMILIES:
+            raise unknown_key(model_type, FAMILIES, "checkpointer.model_type")
+        self.directory = Path(checkpoint_dir)
+        self.output_dir = Path(output_dir)
+        if not (self.directory / "config.json").is_file():
+            raise UserError(
+                f"There is no Hugging Face checkpoint in '{checkpoint_dir}' (no config.json): download one with "
+                "`tune download`, or correct checkpointer.checkpoint_dir."
+            )
+        self.config = json.loads((self.directory / "config.json").read_text())
+        expected, self._to_tune, self._to_hf = FAMILIES[model_type]
+        if self.config["model_type"] != expected:
+            raise UserError(
+                f"checkpointer.model_type is {model_type}, but '{checkpoint_dir}' holds a {self.config['model_type']} "
+                "model: name its family, and a model builder of that family."
+            )
+        self.files = self._weight_files()
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head."""
+        return self.config["vocab_size"]
+
+    def _weight_files(self) -> list[Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        else:
+            names = ["model.safetensors"]
+        for name in names:
+            if not (self.directory / name).is_file():
+                raise UserError(f"The checkpoint in '{self.directory}' lacks {name}: download it again.")
+        return [self.directory / name for name in names]
+
+    @functools.cached_property
+    def weights_hash(self) -> str:
+        """Hash of the weight files' bytes and of config.json: which model this is, whatever its folder is called."""
+
+        def file_hash(path: Path) -> bytes:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, hashlib.blake2b).digest()
+
+        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+            digests = b"".join(pool.map(file_hash, self.files))
+        config = json.dumps(self.config, sort_keys=True).encode()
+        return hashlib.blake2b(digests + config, digest_size=16).hexdigest()
+
+    @property
+    def _shape(self) -> dict[str, Any]:
+        config = self.config
+        heads = config["num_attention_heads"]
+        return {
+            "num_heads": heads,
+            "num_kv_heads": config["num_key_value_heads"],
+            "dim": config["hidden_size"],
+            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        }
+
+    @property
+    def _tied(self) -> dict[str, bool]:
+        # Only Qwen2's converters are told; the others go by the keys that are there.
+        return (
+            {"tie_word_embeddings": self.config.get("tie_word_embeddings", False)}
+            if self._to_hf is qwen2_tune_to_hf
+            else {}
+        )
+
+    def load(self) -> StateDict:
+        """The base weights under torchtune's names, on the CPU."""
+        weights: StateDict = {}
+        for file in self.files:
+            weights |= load_file(file)
+        if self.config.get("tie_word_embeddings", False):
+            weights.pop("lm_head.weight", None)
+        return self._to_tune(weights, **self._shape, **self._tied)
+
+    def save(
+        self, name: str, base: StateDict | None, adapter: StateDict, rank: int, alpha: float, notes: dict[str, Any]
+    ) -> Path:
+        """Writes one result folder: PEFT adapter, and the merged checkpoint where ``base`` is given.
+
+        Args:
+            name (str): folder below ``output_dir``.
+            base (StateDict | None): base weights under torchtune's names, on the CPU; they are not changed.
+            adapter (StateDict): LoRA weights under torchtune's names.
+            rank (int): r of LoRA.
+            alpha (float): alpha of LoRA.
+            notes (dict[str, Any]): how the model was made; goes to pact.json.
+
+        Returns:
+            Path: the folder; it appears whole or not at all.
+        """
+        directory = self.output_dir / name
+        with atomic_folder(directory) as folder:
+            if base is not None:
+                merged = self._to_hf(merge(base, adapter, rank, alpha), **self._shape, **self._tied)
+                save_torch_state_dict({k: v.contiguous() for k, v in merged.items()}, folder)
+                for file in self.directory.iterdir():
+                    if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+                        shutil.copyfile(file, folder / file.name)
+            peft = self.peft_adapter(adapter)
+            save_file(peft, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            config = {
+                "peft_type": "LORA",
+                "task_type": "CAUSAL_LM",
+                "base_model_name_or_path": str(self.directory.resolve()),
+                "r": rank,
+                "lora_alpha": alpha,
+                "target_modules": sorted({key.split(".")[-3] for key in peft}),
+                "bias": "none",
+                "inference_mode": True,
+            }
+            _write_json(folder / "adapter_config.json", config)
+            _write_json(folder / "pact.json", notes)
+        return directory
+
+    def peft_adapter(self, adapter: StateDict) -> StateDict:
+        """LoRA weights under PEFT's names.
+
+        The rows of B belong to the rows of the base weight, so whatever the family's converter does to those (Llama: a
+        permutation of the rotary dimensions; Qwen2: nothing), it does to B; A is left as it is. torchtune's own
+        exporter permutes for every family.
+
+        Args:
+            adapter (StateDict): "....lora_a.weight" and "....lora_b.weight" of each module.
+
+        Returns:
+            StateDict: "base_model.model.....lora_A.weight" and B.
+        """
+        result: StateDict = {}
+        for key, b in adapter.items():
+            if not key.endswith(".lora_b.weight"):
+                continue
+            module = key.removesuffix(".lora_b.weight")
+            shape = self._shape | {"dim": b.shape[1]}
+            ((hf_key, hf_b),) = self._to_hf({f"{module}.weight": b}, **shape, **self._tied).items()
+            prefix = "base_model.model." + hf_key.removesuffix(".weight")
+            result[f"{prefix}.lora_A.weight"] = adapter[f"{module}.lora_a.weight"].contiguous()
+            result[f"{prefix}.lora_B.weight"] = hf_b.contiguous()
+        return result
+
+
+def merge(base: StateDict, adapter: StateDict, rank: int, alpha: float) -> StateDict:
+    """Base weights with LoRA added: W + alpha / rank * B A, computed in float32; ``base`` is left as it is.
+
+    torchtune's own function adds in place, which on the CPU changes the weights of the model that is still training.
+    """
+    merged = dict(base)
+    for key, b in adapter.items():
+        if key.endswith(".lora_b.weight"):
+            module = key.removesuffix(".lora_b.weight")
+            weight, a = base[f"{module}.weight"], adapter[f"{module}.lora_a.weight"]
+            update = alpha / rank * (b.float() @ a.float())
+            merged[f"{module}.weight"] = (weight.float() + update).to(weight.dtype)
+    return merged
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,103 @@
+"""A torchtune decoder as the core sees it: hidden states go in, the few numbers that a loss needs come out."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules.peft import LoRALinear, disable_adapter
+
+from pact_tune.batching import Batch, collate
+from pact_tune.conversations import Conversation
+from pact_tune.head import CHUNK, Columns, read_columns, read_logits, reduce_in_chunks
+from pact_tune.objectives import SFT, Reference
+
+
+class Decoder:
+    """Gives a torchtune decoder our last step in the place of its own.
+
+    The step runs inside the root module's forward: there, under FSDP2, the output head's weight is whole.
+
+    Args:
+        model (TransformerDecoder): with LoRA; sharded or not.
+        pad_id (int): id to pad batches with.
+        device (torch.device): where batches go.
+    """
+
+    def __init__(self, model: TransformerDecoder, pad_id: int, device: torch.device) -> None:
+        self.model = model
+        self.pad_id = pad_id
+        self.device = device
+        model.unembed = self._unembed
+
+    def _unembed(self, hidden: torch.Tensor) -> Any:
+        return self._read(self.model.norm(hidden))
+
+    def _forward(self, tokens: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
+        """Runs the trunk on tokens ``[B, S]`` and returns ``read`` of the normalised hidden states ``[B, S, H]``."""
+        self._read = read
+        return self.model(tokens)
+
+    def loss(
+        self, batch: Batch, objective: SFT, reference: Reference, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The training loss of one batch, differentiable.
+
+        Args:
+            batch (Batch): on the model's device.
+            objective (SFT): what to minimise.
+            reference (Reference): its columns at the batch's T positions.
+            scale (float): factor of the loss summed over positions.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: scaled loss (scalar) and metrics summed over positions ``[M]``.
+        """
+
+        def chunk_loss(rows: torch.Tensor, where: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            student = read_logits(self._logits(rows), batch.labels[where], objective.columns)
+            value, metrics = objective(student, reference[where], batch.position[where])
+            return value * scale, metrics
+
+        def read(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = hidden.flatten(0, 1).index_select(0, batch.index)
+            return reduce_in_chunks(rows, self._head_parameters(), chunk_loss)
+
+        return self._forward(batch.tokens, read)
+
+    def reference_columns(self, conversations: Sequence[Conversation], columns: Columns) -> torch.Tensor:
+        """The frozen aligned model's columns: the same network with its adapters disabled.
+
+        Args:
+            conversations (Sequence[Conversation]): one batch; may be empty.
+            columns (Columns): what to read.
+
+        Returns:
+            torch.Tensor: ``[T, C]`` float32.
+        """
+        batch = collate(conversations, self.pad_id).to(self.device)
+
+        def read(hidden: torch.Tensor) -> torch.Tensor:
+            rows = hidden.flatten(0, 1).index_select(0, batch.index)
+            if not columns.tail:
+                return F.linear(rows, self._head_weight()[columns.ids]).float()
+            parts = [read_columns(self._logits(part), columns) for part in rows.split(CHUNK)]
+            return torch.cat(parts) if parts else rows.new_empty(0, columns.width, dtype=torch.float32)
+
+        with torch.no_grad(), disable_adapter(self.model):
+            return self._forward(batch.tokens, read)
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """Full logits of hidden rows ``[n, H]``: ``[n, V]`` float32."""
+        return self.model.output(rows).float()
+
+    def _head_weight(self) -> torch.Tensor:
+        """The output head's own weight ``[V, H]``, without LoRA; to be read inside the forward only."""
+        output = self.model.output
+        return output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
+
+    def _head_parameters(self) -> list[nn.Parameter]:
+        """What is trained in the head: LoRA's two matrices, or nothing."""
+        output = self.model.output
+        return [output.lora_a.weight, output.lora_b.weight] if isinstance(output, LoRALinear) else []
