@@ -1,12 +1,82 @@
-"""Models and safety tokens on the Hugging Face Hub."""
+"""Models and safety tokens on the Hugging Face Hub: names, download, publishing.
+
+Everything goes through the huggingface_hub client, so HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and its cache
+mean what they mean elsewhere.
+"""
 
 import functools
 import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from pact_tune.errors import UserError
+from pact_tune.files import atomic_folder
+
+if TYPE_CHECKING:
+    from pact_tune.safety_tokens import SafetyTokens
+
+FILES = ("safety_tokens.json", "safety_tokens.safetensors")
+ATTEMPTS = 4
+WAIT = 1.0  # seconds before the second attempt; doubles
+PASSING = (408, 429, 500, 502, 503, 504)
+
+T = TypeVar("T")
+
+
+class Family(NamedTuple):
+    """A known model: its Hub names, and the repository that holds its safety tokens, once somebody published them."""
+
+    aligned: str
+    base: str
+    published: str | None = None
+
+
+def _llama(version: str, size: str, base_version: str | None = None) -> Family:
+    return Family(f"meta-llama/Llama-{version}-{size}-Instruct", f"meta-llama/Llama-{base_version or version}-{size}")
+
+
+# Short name -> model. The one place that names the known families.
+KNOWN: dict[str, Family] = {
+    **{
+        f"qwen2.5-{size.lower()}-instruct": Family(f"Qwen/Qwen2.5-{size}-Instruct", f"Qwen/Qwen2.5-{size}")
+        for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
+    },
+    "llama-3.1-8b-instruct": _llama("3.1", "8B"),
+    "llama-3.1-70b-instruct": _llama("3.1", "70B"),
+    "llama-3.2-1b-instruct": _llama("3.2", "1B"),
+    "llama-3.2-3b-instruct": _llama("3.2", "3B"),
+    "llama-3.3-70b-instruct": _llama("3.3", "70B", base_version="3.1"),  # 3.3 has no base model of its own
+    **{
+        f"gemma-2-{size}-it": Family(f"google/gemma-2-{size}-it", f"google/gemma-2-{size}")
+        for size in ("2b", "9b", "27b")
+    },
+}
+
+
+class NotPublishedError(UserError):
+    """A known model whose safety tokens nobody has published."""
+
+
+# --- models
 
 
 def model_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -26,17 +96,17 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
         if not (Path(name) / "config.json").exists():
             raise UserError(f"The folder '{name}' holds no model (config.json is missing).")
         return Path(name)
-    try:
-        folder = snapshot_download(
-            str(name),
-            revision=revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-            ignore_patterns=["*/*", "consolidated*"],
-        )
-    except Exception as error:  # the client's, httpx's and validation errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The model '{name}' is neither a folder nor could be had from the Hub ({reason}).") from error
-    return Path(folder)
+    return _retry(
+        lambda: Path(
+            snapshot_download(
+                str(name),
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+                ignore_patterns=["*/*", "consolidated*"],
+            )
+        ),
+        f"The model '{name}' could not be downloaded",
+    )
 
 
 @functools.cache
@@ -51,3 +121,320 @@ def model_version(folder: Path) -> str:
             while block := stream.read(1 << 24):
                 digest.update(block)
     return f"sha256:{digest.hexdigest()}"
+
+
+# --- download
+
+
+def download(source: str, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """Fetches safety tokens into the Hub's cache; offline, takes them from there.
+
+    Args:
+        source (str): "namespace/repository", or a short name of :data:`KNOWN`.
+        revision (str | None): branch, tag or commit.
+        subfolder (str | None): folder of the model in the repository.
+
+    Returns:
+        Path: the folder that holds them; its files have the size and hash that the Hub gave.
+
+    Raises:
+        NotPublishedError: a short name whose safety tokens nobody has published.
+        UserError: not a name, not there, no access, no network, or damaged on the way.
+    """
+    if source.lower() in KNOWN:
+        family = KNOWN[source.lower()]
+        if family.published is None:
+            raise NotPublishedError(
+                f"Nobody has published safety tokens for '{source.lower()}' yet; this computes them: `pact tokens compute "
+                f"--aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {source.lower()}`"
+            )
+        source, subfolder = family.published, subfolder or source.lower()
+    elif source.count("/") != 1 or source.startswith((".", "/")):
+        raise UserError(
+            f"'{source}' is neither a folder, nor NAMESPACE/NAME of the Hub, nor one of: {', '.join(sorted(KNOWN))}."
+        )
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    place = (
+        f"'{source}'" + (f", folder '{subfolder}'" if subfolder else "") + (f", at '{revision}'" if revision else "")
+    )
+    root = _retry(
+        lambda: Path(snapshot_download(source, revision=revision, allow_patterns=[prefix + name for name in FILES])),
+        f"The safety tokens of {place} could not be downloaded",
+    )
+    for name in FILES:
+        if not (root / prefix / name).exists():
+            raise UserError(f"{place[0].upper()}{place[1:]} holds no safety tokens ({prefix}{name} is missing there).")
+        _verify(root / prefix / name)
+    return root / prefix
+
+
+def _verify(file: Path) -> None:
+    """Compares a cached file with the hash that names its blob; the client itself compares sizes only."""
+    blob = file.resolve()
+    expected, content = blob.name, blob.read_bytes()
+    if re.fullmatch("[0-9a-f]{64}", expected):
+        found = hashlib.sha256(content).hexdigest()
+    elif re.fullmatch("[0-9a-f]{40}", expected):
+        found = _git_hash(content)
+    else:
+        return  # a file system without links: the cache does not keep the hash
+    if found != expected:
+        file.unlink()  # or the next call would take it for good
+        blob.unlink(missing_ok=True)
+        raise UserError(
+            f"'{file.name}' arrived with hash {found[:8]} where the Hub announced {expected[:8]}; it was removed from the "
+            "cache: download it again."
+        )
+
+
+def _git_hash(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+# --- publishing
+
+
+@dataclass(frozen=True)
+class Published:
+    """What :func:`publish` did, or would do.
+
+    Attributes:
+        repo (str): the repository.
+        changed (list[str]): files that differ from what is there; empty: nothing to commit.
+        tag (str): the tag of this version.
+        commit (str | None): the commit; None in a dry run.
+    """
+
+    repo: str
+    changed: list[str]
+    tag: str
+    commit: str | None
+
+
+def publish(
+    tokens: "SafetyTokens", repo: str, subfolder: str, *, private: bool = False, dry_run: bool = False
+) -> Published:
+    """Publishes safety tokens: one commit with tensors, JSON and model card, and a tag; nothing when nothing changed.
+
+    Args:
+        tokens (SafetyTokens): what to publish.
+        repo (str): "namespace/repository", made where it does not exist; one a model family.
+        subfolder (str): folder of the model.
+        private (bool): the repository must be private.
+        dry_run (bool): find out what would change, and write nothing.
+
+    Returns:
+        Published: what was done.
+
+    Raises:
+        UserError: no login, no right, no network, or the repository is public where a private one was asked for.
+    """
+    if not re.fullmatch(r"[\w.-]+", subfolder) or set(subfolder) == {"."}:
+        raise UserError(f"'{subfolder}' is no folder name for a model: use letters, digits, '-', '_' and '.'.")
+    with tempfile.TemporaryDirectory() as directory:
+        tokens.save(Path(directory) / subfolder)
+        local = {f"{subfolder}/{name}": (Path(directory) / subfolder / name).read_bytes() for name in FILES}
+    local[f"{subfolder}/README.md"] = model_card(tokens, repo, subfolder).encode()
+    api, failed = HfApi(), f"The safety tokens could not be published to '{repo}'"
+    return _retry(lambda: _publish(api, repo, subfolder, local, private, dry_run), failed)
+
+
+def _publish(api: HfApi, repo: str, subfolder: str, local: dict[str, bytes], private: bool, dry_run: bool) -> Published:
+    """One attempt; each step looks at what is there, so that it can be made again after a failure half-way."""
+    try:
+        info = api.model_info(repo)
+    except GatedRepoError:
+        raise
+    except RepositoryNotFoundError:
+        info = None
+    if info is not None and private and not info.private:
+        raise UserError(f"'{repo}' exists and is public: make it private on the Hub first, or publish to another one.")
+    # The root card lists the models that are there, so it depends on what others published.
+    folders = set() if info is None else {f.rfilename.split("/")[0] for f in info.siblings if "/" in f.rfilename}
+    local = local | {"README.md": _repository_card(repo, sorted(folders | {subfolder})).encode()}
+    changed = sorted(local) if info is None else _changed(api, repo, local, info.sha)
+    latest = 0 if info is None else _latest_version(api, repo, subfolder)
+    own = {path: content for path, content in local.items() if path != "README.md"}
+    # No commit but no tag either: an earlier attempt was interrupted between the two.
+    tagged = latest > 0 and not _changed(api, repo, own, f"{subfolder}-v{latest}")
+    tag = f"{subfolder}-v{latest if tagged else latest + 1}"
+    if dry_run:
+        return Published(repo, changed, tag, None)
+    commit = None if info is None else info.sha
+    if changed:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.create_commit(
+            repo,
+            [CommitOperationAdd(path, local[path]) for path in changed],
+            commit_message=f"Safety tokens of {subfolder}",
+            parent_commit=commit,
+        ).oid
+    if not tagged:
+        api.create_tag(repo, tag=tag, revision=commit)
+    return Published(repo, changed, tag, commit)
+
+
+def _changed(api: HfApi, repo: str, local: dict[str, bytes], revision: str) -> list[str]:
+    """Paths whose content on the Hub is another, or that are not there."""
+    there = {entry.path: entry for entry in api.get_paths_info(repo, sorted(local), revision=revision)}
+    return [path for path in sorted(local) if path not in there or not _same(there[path], local[path])]
+
+
+def _same(entry, content: bytes) -> bool:
+    if entry.lfs:
+        return entry.lfs.sha256 == hashlib.sha256(content).hexdigest()
+    return entry.blob_id == _git_hash(content)
+
+
+def _latest_version(api: HfApi, repo: str, subfolder: str) -> int:
+    names = (re.fullmatch(re.escape(subfolder) + r"-v(\d+)", tag.name) for tag in api.list_repo_refs(repo).tags)
+    return max((int(match[1]) for match in names if match), default=0)
+
+
+def model_card(tokens: "SafetyTokens", repo: str, subfolder: str) -> str:
+    """The card of one model: where the tokens come from, the first of them, how to use them (Markdown)."""
+    provenance = tokens.provenance
+    rows = [
+        f"| {rank} | {token_id} | `{json.dumps(text, ensure_ascii=False)}` | {weight:.5f} | {probability:.5f} |"
+        for rank, (token_id, text, weight, probability) in enumerate(
+            zip(
+                tokens.ids.tolist()[:20],
+                tokens.tokens[:20],
+                tokens.weights.tolist()[:20],
+                tokens.reference_probability.tolist()[:20],
+                strict=True,
+            ),
+            1,
+        )
+    ]
+    facts = [f"| {name} | `{json.dumps(value, ensure_ascii=False)}` |" for name, value in sorted(provenance.items())]
+    return "\n".join(
+        [
+            f"# Safety tokens of {subfolder}",
+            "",
+            f"{len(tokens)} tokens that {provenance.get('aligned_model', 'the aligned model')} prefers while it refuses, and "
+            "their weights, for fine-tuning that keeps refusals (PACT, arXiv 2603.07445).",
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from pact_tune import SafetyTokens",
+            "",
+            f'tokens = SafetyTokens.load("{repo}", subfolder="{subfolder}")',
+            "```",
+            "",
+            f"or `pact tokens download {repo} --subfolder {subfolder} --output {subfolder}`.",
+            "",
+            "## The first tokens",
+            "",
+            "| rank | id | token | weight | mean reference probability |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "## Provenance",
+            "",
+            "| what | value |",
+            "|---|---|",
+            *facts,
+            "",
+        ]
+    )
+
+
+def _repository_card(repo: str, folders: list[str]) -> str:
+    return "\n".join(
+        [
+            "---",
+            "tags:",
+            "- safety",
+            "- pact-tune",
+            "---",
+            f"# {repo}",
+            "",
+            "Safety tokens for pact-tune, one folder a model; each has its own card.",
+            "",
+            *(f"- [{folder}]({folder}/README.md)" for folder in folders),
+            "",
+        ]
+    )
+
+
+def save_copy(folder: Path, output: str | Path) -> None:
+    """Copies downloaded safety tokens out of the cache; the folder appears whole or not at all."""
+    with atomic_folder(output) as aside:
+        for name in FILES:
+            shutil.copyfile(folder / name, aside / name)
+
+
+# --- failures
+
+
+def _retry(call: Callable[[], T], failed: str) -> T:
+    """Calls until it works, some times where waiting may help, and puts the last failure in one sentence."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except UserError:
+            raise
+        except Exception as error:  # the client's own, httpx's, and OSError for a body that was cut short
+            root = _root(error)
+            if attempt == ATTEMPTS or not _may_pass(root):
+                raise UserError(f"{failed}: {_reason(root)}") from error
+            time.sleep(WAIT * 2 ** (attempt - 1))
+    raise AssertionError("unreachable")
+
+
+def _root(error: BaseException) -> BaseException:
+    """The failure behind the client's "not in the cache either"."""
+    while isinstance(error, EntryNotFoundError) and not isinstance(error, HfHubHTTPError) and error.__cause__:
+        error = error.__cause__
+    return error
+
+
+def _is_network(error: BaseException) -> bool:
+    # The client has changed its HTTP library twice (requests, httpx, httpx2); their errors share these names.
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return bool(names & {"TransportError", "ConnectionError", "Timeout"}) and not isinstance(
+        error, OfflineModeIsEnabled
+    )
+
+
+def _is_truncated(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "Consistency check failed" in str(error)
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code in PASSING
+    return _is_network(error) or _is_truncated(error)
+
+
+def _reason(error: BaseException) -> str:
+    """One sentence; of the server's words only what cannot hold a secret."""
+    if isinstance(error, GatedRepoError):
+        return "access to it must be granted on its Hub page first; then log in with `hf auth login` or set HF_TOKEN."
+    if isinstance(error, RevisionNotFoundError):
+        return "there is no such branch, tag or commit."
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        reasons = {
+            401: "there is no such repository, or it is private and you are not logged in: check the name, and log in "
+            "with `hf auth login` or set HF_TOKEN.",
+            403: "your token has no right to do this: use one with write access.",
+            404: "there is no such repository (or it is private and your token cannot see it): check the name.",
+            409: "the repository was changed meanwhile: try again.",
+            412: "the repository was changed meanwhile: try again.",
+            429: f"the Hub says too many requests (429), {ATTEMPTS} times: wait some minutes.",
+        }
+        return reasons.get(status, f"the Hub answered with error {status}: try again later.")
+    if isinstance(error, LocalTokenNotFoundError):
+        return "you are not logged in: use `hf auth login` or set HF_TOKEN."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, and the cache does not hold it."
+    if isinstance(error, HFValidationError):
+        return "this is no valid NAMESPACE/NAME."
+    if _is_truncated(error):
+        return f"the file arrived cut short, {ATTEMPTS} times: try again later."
+    if _is_network(error):
+        return "the Hub cannot be reached (no network?), and the cache does not hold it."
+    return (str(error).splitlines() or [type(error).__name__])[0]

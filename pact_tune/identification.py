@@ -248,7 +248,11 @@ def identify_safety_tokens(
 
 
 def _tokens(
-    run: _Run, candidates: dict[str, torch.Tensor], chosen: torch.Tensor, weighting: Weighting, provenance: dict[str, Any]
+    run: _Run,
+    candidates: dict[str, torch.Tensor],
+    chosen: torch.Tensor,
+    weighting: Weighting,
+    provenance: dict[str, Any],
 ) -> SafetyTokens:
     """Keeps the union of the best candidates by each ranking, and S = `chosen` of them."""
     ids = candidates["ids"]
@@ -527,11 +531,15 @@ def _name(model: str | Path) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else str(model)
 
 
-def _check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, aligned: str | Path, base: str | Path) -> None:
+def _check_same_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, folder: Path, aligned: str | Path, base: str | Path
+) -> None:
     try:
         other = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"The base model '{base}' has no tokenizer that can be loaded: copy the aligned model's.") from error
+        raise UserError(
+            f"The base model '{base}' has no tokenizer that can be loaded: copy the aligned model's."
+        ) from error
     mine, theirs = tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(other)
     if mine != theirs:
         raise UserError(

@@ -210,7 +210,7 @@ def _gate(
     if config.gate:
         gap = dispersion(student, config.gate_threshold) - dispersion(response_only, config.gate_threshold)
     gate = torch.sigmoid(config.gate_slope * (gap - config.gate_bias))
-    return gate * torch.exp(-(position - config.decay_start).clamp(min=0) / config.tau)
+    return gate * torch.exp(-(position.to(gate.dtype) - config.decay_start).clamp(min=0) / config.tau)
 
 
 def str_loss(student: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

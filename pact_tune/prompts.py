@@ -18,6 +18,7 @@ def read_rows(
     split: str = "train",
     where: dict[str, str] | None = None,
     limit: int | None = None,
+    options: dict[str, Any] | None = None,
 ) -> list[Row]:
     """Reads rows in their order.
 
@@ -27,6 +28,7 @@ def read_rows(
         split (str): split of a Hub data set.
         where (dict[str, str] | None): keep the rows whose columns have these values.
         limit (int | None): at most how many rows, counted after `where`; None: all.
+        options (dict[str, Any] | None): what a Hub data set's own builder needs to be told.
 
     Returns:
         list[Row]: at least one row; a line of text, or a string in a JSON list, becomes ``{"prompt": text}``.
@@ -38,7 +40,9 @@ def read_rows(
         raise UserError(f"The number of prompts must be at least 1, not {limit}.")
     where = where or {}
     # Whatever the rows come from, they are filtered, counted and cut in one place below.
-    rows = _read_file(Path(source)) if Path(source).is_file() else _read_data_set(str(source), name, split)
+    rows = (
+        _read_file(Path(source)) if Path(source).is_file() else _read_data_set(str(source), name, split, options or {})
+    )
     if missing := [column for column in where if rows and column not in rows[0]]:
         raise UserError(f"'{source}' has no column '{missing[0]}'; it has: {_columns(rows[0])}.")
     kept = [row for row in rows if all(str(row[column]) == value for column, value in where.items())]
@@ -119,13 +123,13 @@ def _txt(path: Path, text: str) -> list[Any]:
     return [line.strip() for line in text.split("\n") if line.strip()]
 
 
-def _read_data_set(source: str, name: str | None, split: str) -> list[Row]:
+def _read_data_set(source: str, name: str | None, split: str, options: dict[str, Any]) -> list[Row]:
     if Path(source).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt"):
         raise UserError(f"There is no file '{source}': check the path.")
     import datasets  # takes a second to import; files do not need it
 
     try:
-        return list(datasets.load_dataset(source, name, split=split))
+        return list(datasets.load_dataset(source, name, split=split, **options))
     except Exception as error:  # the Hub client, pyarrow and datasets each raise types of their own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(

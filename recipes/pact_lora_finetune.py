@@ -6,6 +6,7 @@
 One class serves both: with several processes the model is sharded with FSDP2 (gloo on CPUs, NCCL on GPUs).
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -89,8 +90,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                 f"The run in '{self.output_dir}' is complete ({self.total_steps} steps): nothing to resume."
             )
 
-        self.logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
         self.decoder = Decoder(self._setup_model(state), self.tokenizer.pad_token_id, self.device)
+        self.logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
         self.model = self.decoder.model
         self._setup_optimizer(state)
         self._setup_reference()
@@ -110,11 +111,11 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         base = self.checkpointer.load()
         distributed = self.world_size > 1
         with training.set_default_dtype(self.dtype), torch.device("meta" if distributed else self.device):
-            model = config.instantiate(cfg.model)
+            model = self._build(cfg.model)
         lora.check(model)
         set_trainable_params(model, get_adapter_params(model))
         adapter = state["adapter"] if state else lora.initial_adapter(model, cfg.seed)
-        lora.check_fit(model, base, adapter)
+        self.checkpointer.check(model, base | adapter)
         if cfg.compile:
             training.compile_model(model, verbose=self.rank == 0)
         if cfg.enable_activation_checkpointing:
@@ -124,6 +125,12 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         else:
             model.load_state_dict(base | adapter)
         return model
+
+    def _build(self, cfg_model: DictConfig) -> torch.nn.Module:
+        try:
+            return config.instantiate(cfg_model)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"Section 'model' cannot be built: {error}") from error
 
     def _setup_optimizer(self, state: dict[str, Any] | None) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -379,7 +386,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
 
     def _save_state(self) -> None:
         """Writes all that a resumption needs to one file, which is replaced as a whole."""
-        adapter = lora.gather(get_adapter_params(self.model))
+        adapter = lora.gather(self.model)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         if self.rank == 0:
@@ -401,7 +408,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         Args:
             epoch (int): counted from 0; names the folder.
         """
-        adapter = lora.gather(get_adapter_params(self.model))
+        adapter = lora.gather(self.model)
         if self.rank == 0:
             rank, alpha = lora.rank_and_alpha(self.model)
             base = None if self.cfg.save_adapter_weights_only else self.checkpointer.load()
@@ -432,19 +439,18 @@ def recipe_main(cfg: DictConfig) -> str | None:
     Returns:
         str | None: the message of a user error, which ends the process with exit code 1.
     """
-    rank_zero = True
     try:
         cfg = complete(cfg)
         if training.is_distributed():
             backend = "gloo" if cfg.device == "cpu" else "cuda:nccl,cpu:gloo"
             dist.init_process_group(backend)
-            rank_zero = dist.get_rank() == 0
         recipe = PACTLoRAFinetuneRecipe(cfg)
         recipe.setup(cfg)
         recipe.train()
         recipe.cleanup()
     except UserError as error:
-        return f"pact_lora_finetune: {error}" if rank_zero else ""
+        # Every rank meets the same error; one says it. (torchrun sets RANK.)
+        return f"pact_lora_finetune: {error}" if os.environ.get("RANK", "0") == "0" else ""
     return None
 
 

@@ -34,7 +34,9 @@ def naive_pact(student, full, response_only, position, weights, config) -> tuple
         if config.response_only:
             gap = 0.0
             if config.gate:
-                gap = naive_dispersion(z[:k], config.gate_threshold) - naive_dispersion(z_post[:k], config.gate_threshold)
+                gap = naive_dispersion(z[:k], config.gate_threshold) - naive_dispersion(
+                    z_post[:k], config.gate_threshold
+                )
             gate = 1 / (1 + math.exp(-config.gate_slope * (gap - config.gate_bias)))
             if t >= config.decay_start:
                 gate *= math.exp(-(t - config.decay_start) / config.tau)
@@ -52,9 +54,7 @@ def naive_pact(student, full, response_only, position, weights, config) -> tuple
 
 def random_case(t: int, k: int, tail: bool, seed: int = 0, scale: float = 3.0):
     generator = torch.Generator().manual_seed(seed)
-    student, full, post = (
-        torch.randn(t, k + tail, generator=generator, dtype=torch.float64) * scale for _ in range(3)
-    )
+    student, full, post = (torch.randn(t, k + tail, generator=generator, dtype=torch.float64) * scale for _ in range(3))
     weights = torch.rand(k, generator=generator, dtype=torch.float64)
     # several responses in one batch: t starts again at 0
     position = torch.tensor([i % max(1, (2 * t) // 3) for i in range(t)])
@@ -95,9 +95,7 @@ def test_float64_value_and_gradient(config):
     student, full, post, position, weights = random_case(12, 9, config.tail)
     student.requires_grad_()
     loss = pact_loss(student, full, post, position, weights, config)
-    kls, gates = naive_pact(
-        student.tolist(), full.tolist(), post.tolist(), position.tolist(), weights.tolist(), config
-    )
+    kls, gates = naive_pact(student.tolist(), full.tolist(), post.tolist(), position.tolist(), weights.tolist(), config)
     torch.testing.assert_close(loss.per_token, torch.tensor(kls, dtype=torch.float64), atol=1e-9, rtol=1e-9)
     (gradient,) = torch.autograd.grad(loss.sum, student)
 
@@ -119,7 +117,9 @@ def test_official_weights_are_scale_invariant():
 
 def test_zero_weight_tokens_have_zero_target_and_are_pushed_down():
     config = PACTConfig.preset("official")
-    student, full, post, position, weights = (t.float() if t.is_floating_point() else t for t in random_case(8, 6, False))
+    student, full, post, position, weights = (
+        t.float() if t.is_floating_point() else t for t in random_case(8, 6, False)
+    )
     weights[2] = 0.0
     student.requires_grad_()
     loss = pact_loss(student, full, post, position, weights, config)
@@ -230,7 +230,7 @@ def test_no_gradient_through_the_gate():
     loss = pact_loss(student, full, post, position, weights, config)
     assert not loss.gate.requires_grad
     frozen = PACTConfig.preset("paper", response_only=False)
-    mixed = torch.lerp(full.float(), post.float(), loss.gate[:, None])
+    mixed = torch.lerp(full, post, loss.gate[:, None])
     same = pact_loss(student, mixed, None, position, weights, frozen)
     one, other = (torch.autograd.grad(x.sum, student)[0] for x in (loss, same))
     torch.testing.assert_close(one, other)
@@ -299,7 +299,13 @@ def test_str_is_zero_at_equality_and_its_gradient_is_linear():
 
 def test_presets_differ_as_the_paper_and_the_released_code_do():
     paper, official, tail = (PACTConfig.preset(name) for name in ("paper", "official", "tail"))
-    assert (paper.k, paper.ranking, paper.weighting, paper.temperature, paper.lambda_kl) == (50, "score", "raw", 1.0, 3.0)
+    assert (paper.k, paper.ranking, paper.weighting, paper.temperature, paper.lambda_kl) == (
+        50,
+        "score",
+        "raw",
+        1.0,
+        3.0,
+    )
     assert (official.ranking, official.weighting, official.temperature) == ("reference_probability", "centred", 2.0)
     assert (official.gate_slope, official.lambda_kl, official.response_only_bos) == (2.0, 1.0, False)
     assert (tail.tail, tail.weighting, tail.response_only) == (True, "uniform", False)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
@@ -117,10 +118,45 @@ class HFCheckpointer:
             weights.pop("lm_head.weight", None)
         return self._to_tune(weights, **self._shape, **self._tied)
 
+    def check(self, model: nn.Module, weights: StateDict) -> None:
+        """Makes sure that a model builder makes the very network that the checkpoint is of.
+
+        Args:
+            model (nn.Module): as built; may lie on the meta device.
+            weights (StateDict): all its weights, from :meth:`load` and the adapter.
+
+        Raises:
+            UserError: names the first tensor or constant that differs.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        # Shapes do not show these, and a wrong one trains a slightly wrong network without a word.
+        rope = self.config.get("rope_parameters") or self.config
+        attention = model.layers[0].attn
+        found |= {
+            "rms_norm_eps": self.config["rms_norm_eps"],
+            "rope_theta": rope["rope_theta"],
+            "num_attention_heads": self.config["num_attention_heads"],
+            "num_key_value_heads": self.config["num_key_value_heads"],
+        }
+        expected |= {
+            "rms_norm_eps": model.norm.eps,
+            "rope_theta": attention.pos_embeddings.base,
+            "num_attention_heads": attention.num_heads,
+            "num_key_value_heads": attention.num_kv_heads,
+        }
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise UserError(
+                    f"The checkpoint in '{self.directory}' does not fit the model builder: {name} is "
+                    f"{found.get(name, 'missing')} in the checkpoint and {expected.get(name, 'missing')} in the model; "
+                    "name the builder of exactly this model in model._component_."
+                )
+
     def save(
         self, name: str, base: StateDict | None, adapter: StateDict, rank: int, alpha: float, notes: dict[str, Any]
     ) -> Path:
-        """Writes one result folder: PEFT adapter, and the merged checkpoint where ``base`` is given.
+        """Writes one result folder: the merged checkpoint where ``base`` is given, and ``adapter/`` in PEFT's format.
 
         Args:
             name (str): folder below ``output_dir``.
@@ -141,8 +177,10 @@ class HFCheckpointer:
                 for file in self.directory.iterdir():
                     if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
                         shutil.copyfile(file, folder / file.name)
+            # In a folder of its own: transformers would otherwise load the adapter, not the merged weights beside it.
+            (folder / "adapter").mkdir()
             peft = self.peft_adapter(adapter)
-            save_file(peft, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+            save_file(peft, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
             config = {
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
@@ -153,7 +191,7 @@ class HFCheckpointer:
                 "bias": "none",
                 "inference_mode": True,
             }
-            _write_json(folder / "adapter_config.json", config)
+            _write_json(folder / "adapter" / "adapter_config.json", config)
             _write_json(folder / "pact.json", notes)
         return directory
 

@@ -61,20 +61,6 @@ def initial_adapter(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
     return adapter
 
 
-def check_fit(model: nn.Module, base: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor]) -> None:
-    """Raises UserError when the checkpoint's tensors are not those that the model builder makes."""
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in (base | adapter).items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            of = {True: "missing", False: None}
-            wanted, got = (of[n not in d] or str(tuple(d[n])) for d, n in ((expected, name), (found, name)))
-            raise UserError(
-                f"The checkpoint does not fit the model builder: {name} is {got} in the checkpoint and {wanted} in the "
-                "model; name the builder of exactly this model in model._component_."
-            )
-
-
 def shard(
     model: nn.Module,
     base: dict[str, torch.Tensor],
@@ -105,7 +91,8 @@ def shard(
     training.validate_no_params_on_meta_device(model)
 
 
-def gather(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole values of (possibly sharded) parameters, copied to the CPU; every rank must call it."""
-    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+def gather(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter's weights, whole and copied to the CPU, under the names of an unwrapped model; all ranks must call it."""
+    adapter = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in adapter.items()}
     return {name: tensor.detach().cpu().clone() for name, tensor in whole.items()}

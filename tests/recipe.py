@@ -1,0 +1,133 @@
+"""Running the recipe as users do: through torchtune's own `tune run`, in this process or in several others."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from tiny import tiny_model
+
+from pact_tune import load_tokenizer, safety_tokens_from_templates
+
+SIZES = {
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 32,
+    "intermediate_dim": 64,
+    "max_seq_len": 512,
+}
+BUILDERS = {
+    "qwen2": {"_component_": "torchtune.models.qwen2.lora_qwen2", "tie_word_embeddings": True, "norm_eps": 1e-6},
+    "llama": {"_component_": "torchtune.models.llama3.lora_llama3", "norm_eps": 1e-6},
+}
+MODEL_TYPES = {"qwen2": "QWEN2", "llama": "LLAMA3"}
+
+
+def write_rows(path: Path, n: int) -> Path:
+    """n instruction rows of different lengths."""
+    rows = [
+        {
+            "instruction": f"What is {i} plus {i % 7}?",
+            "output": f"The answer is {i + i % 7}." + " It could be explained." * (i % 4),
+        }
+        for i in range(n)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40, **model) -> Path:
+    """A folder with a checkpoint, safety tokens, data and a config for them: config.yaml."""
+    directory.mkdir(parents=True, exist_ok=True)
+    checkpoint = tiny_model(directory / "model", architecture, tied=architecture == "qwen2", **model)
+    tokenizer = load_tokenizer(str(checkpoint))
+    safety_tokens_from_templates(tokenizer).save(directory / "safety_tokens")
+    write_rows(directory / "rows.jsonl", rows)
+    hf = json.loads((checkpoint / "config.json").read_text())
+    config = {
+        "output_dir": str(directory / "out"),
+        "checkpoint_dir": str(checkpoint),
+        "model": {
+            **BUILDERS[architecture],
+            **SIZES,
+            "vocab_size": hf["vocab_size"],
+            "rope_base": hf["rope_parameters"]["rope_theta"],
+            "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
+            "apply_lora_to_mlp": True,
+            "lora_rank": 4,
+            "lora_alpha": 8,
+        },
+        "tokenizer": {"_component_": "pact_tune.load_tokenizer", "path": "${checkpoint_dir}"},
+        "checkpointer": {
+            "_component_": "pact_tune.torchtune.HFCheckpointer",
+            "checkpoint_dir": "${checkpoint_dir}",
+            "model_type": MODEL_TYPES[architecture],
+            "output_dir": "${output_dir}",
+        },
+        "dataset": {"_component_": "pact_tune.chat_dataset", "source": str(directory / "rows.jsonl")},
+        "loss": {
+            "_component_": "pact_tune.objectives.pact",
+            "safety_tokens": str(directory / "safety_tokens"),
+            "preset": "paper",
+            "weighting": "uniform",
+            "k": 10,
+        },
+        "reference_cache": {"directory": str(directory / "cache"), "dtype": "float32"},
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-2},
+        "batch_size": 4,
+        "epochs": 1,
+        "device": "cpu",
+        "dtype": "fp32",
+        "metric_logger": {
+            "_component_": "torchtune.training.metric_logging.DiskLogger",
+            "log_dir": "${output_dir}/logs",
+        },
+    }
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def tune_run(monkeypatch, config: Path | str, *overrides: str) -> int | str | None:
+    """`tune run pact_lora_finetune --config CONFIG OVERRIDES` in this process; returns what it exits with."""
+    argv = ["tune", "run", "pact_lora_finetune", "--config", str(config), *overrides]
+    monkeypatch.setattr(sys, "argv", argv)
+    try:
+        runpy.run_module("torchtune._cli.tune", run_name="__main__")
+    except SystemExit as end:
+        return end.code
+    return None
+
+
+def tune_run_processes(
+    config: Path | str, *overrides: str, processes: int = 1, cwd=None
+) -> subprocess.CompletedProcess:
+    """The same in processes of its own; several of them go through torchrun and FSDP2."""
+    launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
+    return subprocess.run(
+        [
+            str(Path(sys.executable).parent / "tune"),
+            "run",
+            *launcher,
+            "pact_lora_finetune",
+            "--config",
+            str(config),
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
+
+
+def logged(output_dir: Path | str, name: str) -> list[float]:
+    """One metric of a run, step by step, from torchtune's DiskLogger."""
+    texts = [path.read_text() for path in sorted(Path(output_dir, "logs").glob("*.txt"))]
+    return [float(value) for value in re.findall(rf"\b{name}:(\S+)", "".join(texts))]
