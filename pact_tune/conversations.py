@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pact_tune.errors import UserError
+
+
+class RejectedChat(UserError):
+    """A chat that its chat template will not render, or only so that its responses cannot be located."""
 
 
 class Message(TypedDict):
@@ -55,10 +60,10 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises whatever its parser stumbles over
         raise UserError(
             f"No tokenizer could be loaded from '{path}': give a folder with tokenizer.json and tokenizer_config.json, "
-            f"or a Hub name that is downloaded or reachable ({str(error).splitlines()[0]})"
+            f"or a Hub name that is downloaded or reachable ({first_line(error)})."
         ) from error
     if not tokenizer.chat_template:
         raise UserError(
@@ -66,7 +71,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             "or put its chat_template.jinja beside tokenizer.json."
         )
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+        # Any token does: padding stands on the right of what is read.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
 
 
@@ -98,7 +104,15 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
     Returns:
         list[int]: the ids.
     """
-    return encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return encode(tokenizer, _apply_template(tokenizer, messages, header=True))
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], header: bool) -> str:
+    """The chat as text; with ``header`` it ends with the header of the assistant turn to come."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+    except jinja2.TemplateError as error:
+        raise RejectedChat(f"The chat template does not take this chat: {first_line(error)}.") from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Conversation:
@@ -116,7 +130,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Conve
         Conversation: ids and response ranges; no ranges when there is no assistant turn.
 
     Raises:
-        UserError: the template rewrites earlier turns, so that responses cannot be located.
+        UserError: the template rewrites earlier turns, so that responses cannot be located. A chat that the template
+            does not take (an order of roles, a system message), or that begins with the assistant, is a
+            :class:`RejectedChat`.
     """
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     tokens: list[int] = []
@@ -125,9 +141,16 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Conve
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (prompt.startswith(done) and whole.startswith(prompt)):
+        if index == 0:
+            raise RejectedChat("The chat begins with the assistant: there is nothing to respond to.")
+        prompt = _apply_template(tokenizer, messages[:index], header=True)
+        whole = _apply_template(tokenizer, messages[: index + 1], header=False)
+        if not whole.startswith(prompt):
+            raise UserError(
+                "The chat template begins an answered assistant turn in another way than the one it prompts for, so "
+                "responses cannot be located; use a template whose add_generation_prompt adds the assistant header alone."
+            )
+        if not prompt.startswith(done):
             raise UserError(
                 "The chat template changes earlier turns when a later one is added, so the responses of a chat of "
                 "several turns cannot be located; train on chats with one assistant turn."
@@ -159,8 +182,8 @@ def response_only_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool = True) -
         UserError: the template has no assistant header.
     """
     user = [{"role": "user", "content": "x"}]
-    without = tokenizer.apply_chat_template(user, tokenize=False)
-    with_header = tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True)
+    without = _apply_template(tokenizer, user, header=False)
+    with_header = _apply_template(tokenizer, user, header=True)
     header = with_header.removeprefix(without)
     if not header or header == with_header:
         raise UserError(
@@ -170,6 +193,11 @@ def response_only_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool = True) -
     starts_with_bos = tokenizer.bos_token is not None and without.startswith(tokenizer.bos_token)
     prefix = [tokenizer.bos_token_id] if bos and starts_with_bos else []
     return tuple(prefix + encode(tokenizer, header))
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to one line without a full stop, to stand inside a message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def vocabulary_size(checkpoint_dir: str | Path) -> int:

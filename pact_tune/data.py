@@ -1,6 +1,8 @@
 """Training rows from JSON, JSONL, CSV, TSV or a Hub data set, with a second source mixed in where asked for."""
 
 import csv
+import functools
+import io
 import json
 import random
 from collections.abc import Iterable, Mapping
@@ -11,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pact_tune.conversations import Conversation, Message, render
+from pact_tune.conversations import Conversation, Message, RejectedChat, first_line, render
 from pact_tune.errors import UserError, unknown_key
 
 COLUMN_KEYS = ("messages", "system", "prompt", "input", "response")
+MIX_KEYS = ("source", "fraction", "name", "split", "columns")
 # Columns that are understood without being mapped, the first layout that a source has; `input` is optional in a row.
 KNOWN_LAYOUTS = (
     {"messages": "messages"},
@@ -37,7 +40,9 @@ class Counts:
         used (int): rows that are trained on.
         no_response (int): rows left out because no assistant turn has text.
         too_long (int): rows left out because they exceed ``max_seq_len`` tokens.
-        malformed (int): rows left out because a column is missing or not of the expected kind.
+        malformed (int): rows left out because a column is missing, too many or not of the expected kind.
+        rejected (int): rows left out because the chat template does not take them.
+        rejected_because (str): why the first of those was rejected.
     """
 
     source: str
@@ -45,12 +50,15 @@ class Counts:
     no_response: int = 0
     too_long: int = 0
     malformed: int = 0
+    rejected: int = 0
+    rejected_because: str = ""
 
     def __str__(self) -> str:
         left_out = {
             "without a response": self.no_response,
             "over max_seq_len": self.too_long,
             "malformed": self.malformed,
+            f"rejected: {self.rejected_because.rstrip('.')}": self.rejected,
         }
         notes = ", ".join(f"{number} {name}" for name, number in left_out.items() if number)
         return f"{self.used} rows of {self.source}" + (f" (left out: {notes})" if notes else "")
@@ -75,6 +83,7 @@ class ChatDataset:
 def chat_dataset(
     tokenizer: PreTrainedTokenizerBase,
     source: str,
+    name: str | None = None,
     split: str = "train",
     columns: Mapping[str, str] | None = None,
     system: str | None = None,
@@ -89,13 +98,14 @@ def chat_dataset(
     Args:
         tokenizer (PreTrainedTokenizerBase): the model's own tokenizer, with its chat template.
         source (str): a .json, .jsonl, .csv or .tsv file, or the name of a Hub data set.
+        name (str | None): configuration of a Hub data set ("main" of openai/gsm8k).
         split (str): split of a Hub data set.
         columns (Mapping[str, str] | None): which column holds "prompt", "input" (appended to the prompt), "response"
-            and "system", or "messages"; None recognises the usual layouts.
+            and "system", or "messages" and "system"; None recognises the usual layouts.
         system (str | None): a system message put before every row that has none.
         n (int | None): how many rows to train on, both sources together, drawn without replacement; None takes all.
         mix (Mapping[str, Any] | None): a second source: ``source``, ``fraction`` (its share p of all rows) and, where
-            needed, ``split`` and ``columns``. ``n: 5000`` with ``fraction: 0.1`` is the paper's setting.
+            needed, ``name``, ``split`` and ``columns``. ``n: 5000`` with ``fraction: 0.1`` is the paper's setting.
         seed (int): of the drawing and of the order.
         max_seq_len (int | None): rows of more tokens are left out, and counted.
         progress (bool): show a progress bar.
@@ -106,94 +116,127 @@ def chat_dataset(
     Raises:
         UserError: no such file, an unknown layout, or fewer usable rows than asked for.
     """
+    for key, value in (("n", n), ("max_seq_len", max_seq_len)):
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise UserError(f"dataset.{key} is {value!r}; it must be a whole number from 1, or null for no limit.")
     rng = random.Random(seed)
     reader = _Reader(tokenizer, system, max_seq_len, progress)
     if mix is None:
-        conversations, counts = reader.take(source, split, columns, n, rng)
+        conversations, counts = reader.take(_Source(source, name, split, columns), n, rng)
         return ChatDataset(_not_empty(conversations, [counts]), [counts])
 
-    for key in mix:
-        if key not in ("source", "fraction", "split", "columns"):
-            raise unknown_key(key, ("source", "fraction", "split", "columns"), "section 'dataset.mix'")
-    if "source" not in mix or "fraction" not in mix:
-        raise UserError("Section 'dataset.mix' needs a source and a fraction between 0 and 1.")
-    fraction = float(mix["fraction"])
-    if not 0 <= fraction < 1:
-        raise UserError(
-            f"dataset.mix.fraction is {fraction}; it is the second source's share of all rows, from 0 to below 1."
-        )
+    fraction = _mix_fraction(mix)
+    second = _Source(**{key: mix[key] for key in mix if key != "fraction"})
     first_n = None if n is None else n - round(n * fraction)
-    conversations, counts = reader.take(source, split, columns, first_n, rng)
+    conversations, counts = reader.take(_Source(source, name, split, columns), first_n, rng)
     second_n = round(counts.used * fraction / (1 - fraction)) if n is None else n - first_n
-    more, more_counts = reader.take(mix["source"], mix.get("split", "train"), mix.get("columns"), second_n, rng)
+    more, more_counts = reader.take(second, second_n, rng)
     conversations = _not_empty(conversations + more, [counts, more_counts])
     rng.shuffle(conversations)
     return ChatDataset(conversations, [counts, more_counts])
 
 
-def read_rows(source: str, split: str = "train") -> list[Any]:
+def _mix_fraction(mix: Mapping[str, Any]) -> float:
+    """The second source's share of all rows, from a section whose keys are all known."""
+    for key in mix:
+        if key not in MIX_KEYS:
+            raise unknown_key(key, MIX_KEYS, "section 'dataset.mix'")
+    if "source" not in mix or "fraction" not in mix:
+        raise UserError("Section 'dataset.mix' needs a source and a fraction from 0 to below 1.")
+    fraction = mix["fraction"]
+    if not (isinstance(fraction, int | float) and 0 <= fraction < 1):
+        raise UserError(
+            f"dataset.mix.fraction is {fraction}; it is the second source's share of all rows, from 0 to below 1."
+        )
+    return fraction
+
+
+def read_rows(source: str, name: str | None = None, split: str = "train") -> list[Any]:
     """Rows of a file or of a Hub data set, as they stand there.
 
     Args:
-        source (str): a .json, .jsonl, .csv or .tsv file, or the name of a Hub data set.
+        source (str): a .json, .jsonl, .csv or .tsv file (UTF-8), or the name of a Hub data set. In a .tsv file
+            quotation marks are text like any other.
+        name (str | None): configuration of a Hub data set.
         split (str): split of a Hub data set.
 
     Returns:
-        list[Any]: one dict a row; a JSONL line that cannot be parsed is None.
+        list[Any]: one dict a row; a JSONL line that cannot be parsed, and a CSV row of too many fields, is None.
 
     Raises:
         UserError: no such file or data set, or a file that cannot be read.
     """
     path = Path(source)
-    if path.suffix in (".json", ".jsonl", ".csv", ".tsv"):
+    if path.suffix in _READERS:
         if not path.is_file():
             raise UserError(f"The data file '{source}' does not exist: check dataset.source.")
-        return _READERS[path.suffix](path)
+        try:
+            text = path.read_bytes().decode("utf-8-sig")  # Windows programs begin a file with a byte-order mark
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"'{source}' cannot be read as UTF-8 text ({error}): save it as UTF-8.") from error
+        return _READERS[path.suffix](source, text)
     import datasets  # takes seconds to import, and only Hub data need it
 
     try:
-        return list(datasets.load_dataset(source, split=split))
+        return list(datasets.load_dataset(source, name, split=split))
     except Exception as error:  # datasets raises its own, fsspec's and huggingface_hub's types
         raise UserError(
-            f"The data set '{source}' (split '{split}') could not be loaded ({str(error).splitlines()[0]}): give a .json, "
+            f"The data set '{source}' (split '{split}') could not be loaded ({first_line(error)}): give a .json, "
             ".jsonl, .csv or .tsv file, or the name of a Hub data set that is downloaded or reachable."
         ) from error
 
 
-def _read_json(path: Path) -> list[Any]:
+def _read_json(source: str, text: str) -> list[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        rows = json.loads(text)
+    except ValueError as error:
         raise UserError(
-            f"'{path}' is not valid JSON ({error}); a file with one row a line is called .jsonl."
+            f"'{source}' is not valid JSON ({error}): mend it; a file with one row a line is called .jsonl."
         ) from error
     if not isinstance(rows, list):
-        raise UserError(f"'{path}' holds one JSON {type(rows).__name__}; it must hold a list of rows.")
+        raise UserError(f"'{source}' holds one JSON {type(rows).__name__}; it must hold a list of rows.")
     return rows
 
 
-def _read_jsonl(path: Path) -> list[Any]:
-    return [_parse_line(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+def _read_jsonl(source: str, text: str) -> list[Any]:
+    # Not splitlines(): JSON allows U+2028 and its like inside a string.
+    return [_parse_line(line) for line in text.split("\n") if line.strip()]
 
 
 def _parse_line(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:
         return None
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> list[Any]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter=delimiter))
+def _read_csv(source: str, text: str, **dialect: Any) -> list[Any]:
+    csv.field_size_limit(2**31 - 1)  # the module's own limit of 131,072 characters would end the run
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, **dialect)
+    try:
+        # A surplus field stands under None: a comma that was not quoted has then cut the last column short.
+        return [None if None in row else row for row in reader]
+    except csv.Error as error:
+        raise UserError(
+            f"'{source}' is not valid CSV near line {reader.line_num} ({error}): a field with quotation marks must "
+            "stand in quotation marks, its own ones doubled."
+        ) from error
 
 
 _READERS = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
-    ".tsv": lambda path: _read_csv(path, delimiter="\t"),
+    ".tsv": functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE),
 }
+
+
+@dataclass(frozen=True)
+class _Source:
+    source: str
+    name: str | None = None
+    split: str = "train"
+    columns: Mapping[str, str] | None = None
 
 
 @dataclass
@@ -203,12 +246,11 @@ class _Reader:
     max_seq_len: int | None
     progress: bool
 
-    def take(
-        self, source: str, split: str, columns: Mapping[str, str] | None, wanted: int | None, rng: random.Random
-    ) -> tuple[list[Conversation], Counts]:
+    def take(self, where: _Source, wanted: int | None, rng: random.Random) -> tuple[list[Conversation], Counts]:
         """The first ``wanted`` usable rows in a shuffled order, or all of them in the file's order."""
-        rows = read_rows(source, split)
-        layout = _layout(rows, columns, source)
+        source = where.source
+        rows = read_rows(source, where.name, where.split)
+        layout = _layout(rows, where.columns, source)
         if wanted is not None:
             rng.shuffle(rows)
         counts = Counts(source)
@@ -236,7 +278,12 @@ class _Reader:
             return None
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
-        conversation = render(self.tokenizer, messages)
+        try:
+            conversation = render(self.tokenizer, messages)
+        except RejectedChat as error:
+            counts.rejected += 1
+            counts.rejected_because = counts.rejected_because or str(error)
+            return None
         if self.max_seq_len is not None and len(conversation.tokens) > self.max_seq_len:
             counts.too_long += 1
             return None
@@ -244,7 +291,7 @@ class _Reader:
 
 
 def _layout(rows: list[Any], columns: Mapping[str, str] | None, source: str) -> Mapping[str, str]:
-    present = {key for row in rows[:100] if isinstance(row, dict) for key in row}
+    present = {key for row in rows if isinstance(row, dict) for key in row}
     if columns is not None:
         for key in columns:
             if key not in COLUMN_KEYS:
@@ -269,19 +316,22 @@ def _messages(row: Any, layout: Mapping[str, str]) -> list[Message] | None:
     """The turns of a row, or None when it is malformed."""
     if not isinstance(row, dict):
         return None
-    if "messages" in layout:
-        return _chat_messages(row.get(layout["messages"]))
-    prompt, response = row.get(layout["prompt"]), row.get(layout["response"], "")
-    more = row.get(layout.get("input", ""), "")
-    system = row.get(layout.get("system", ""), "")
-    prompt, response, more, system = ("" if value is None else value for value in (prompt, response, more, system))
-    if not all(isinstance(value, str) for value in (prompt, response, more, system)) or not (prompt or more):
+    # A row may lack a column that others have (the released data's rows without input).
+    values = {key: row.get(name) for key, name in layout.items()}
+    texts = {key: "" if values.get(key) is None else values[key] for key in ("prompt", "input", "response", "system")}
+    if not all(isinstance(text, str) for text in texts.values()):
         return None
-    # The released data put instruction and input on one line.
-    messages: list[Message] = [{"role": "user", "content": f"{prompt} {more}".strip() if more else prompt}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return [*messages, {"role": "assistant", "content": response}]
+    if "messages" in layout:
+        messages = _chat_messages(values["messages"])
+    elif texts["prompt"] or texts["input"]:
+        # The released data put instruction and input on one line.
+        prompt = f"{texts['prompt']} {texts['input']}".strip() if texts["input"] else texts["prompt"]
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts["response"]}]
+    else:
+        return None
+    if messages and texts["system"] and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": texts["system"]}, *messages]
+    return messages
 
 
 def _chat_messages(turns: Any) -> list[Message] | None:
@@ -289,11 +339,11 @@ def _chat_messages(turns: Any) -> list[Message] | None:
         return None
     messages: list[Message] = []
     for turn in turns:
-        role = SHAREGPT_ROLES.get(turn.get("role", turn.get("from")))
+        role = turn.get("role", turn.get("from"))
         content = turn.get("content", turn.get("value"))
-        if role is None or not isinstance(content, str):
+        if not isinstance(role, str) or role not in SHAREGPT_ROLES or not isinstance(content, str):
             return None
-        messages.append({"role": role, "content": content})
+        messages.append({"role": SHAREGPT_ROLES[role], "content": content})
     return messages
 
 

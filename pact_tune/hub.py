@@ -6,6 +6,7 @@ mean what they mean elsewhere.
 
 import functools
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pact_tune.safety_tokens import SafetyTokens
 
 FILES = ("safety_tokens.json", "safety_tokens.safetensors")
-ATTEMPTS = 4
+ATTEMPTS = 3  # of calls that the client mostly retries itself
 WAIT = 1.0  # seconds before the second attempt; doubles
 PASSING = (408, 429, 500, 502, 503, 504)
 
@@ -241,6 +241,8 @@ def publish(
 
 def _publish(api: HfApi, repo: str, subfolder: str, local: dict[str, bytes], private: bool, dry_run: bool) -> Published:
     """One attempt; each step looks at what is there, so that it can be made again after a failure half-way."""
+    if not dry_run:
+        api.whoami()  # without it, a missing login shows as a missing repository
     try:
         info = api.model_info(repo)
     except GatedRepoError:
@@ -265,7 +267,8 @@ def _publish(api: HfApi, repo: str, subfolder: str, local: dict[str, bytes], pri
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.create_commit(
             repo,
-            [CommitOperationAdd(path, local[path]) for path in changed],
+            # A buffer makes the client use LFS, which every Hub speaks; bytes go to Xet storage where hf_xet is installed.
+            [CommitOperationAdd(path, io.BytesIO(local[path])) for path in changed],
             commit_message=f"Safety tokens of {subfolder}",
             parent_commit=commit,
         ).oid
@@ -295,7 +298,7 @@ def model_card(tokens: "SafetyTokens", repo: str, subfolder: str) -> str:
     """The card of one model: where the tokens come from, the first of them, how to use them (Markdown)."""
     provenance = tokens.provenance
     rows = [
-        f"| {rank} | {token_id} | `{json.dumps(text, ensure_ascii=False)}` | {weight:.5f} | {probability:.5f} |"
+        f"| {rank} | {token_id} | {_cell(text)} | {weight:.5f} | {probability:.5f} |"
         for rank, (token_id, text, weight, probability) in enumerate(
             zip(
                 tokens.ids.tolist()[:20],
@@ -307,7 +310,7 @@ def model_card(tokens: "SafetyTokens", repo: str, subfolder: str) -> str:
             1,
         )
     ]
-    facts = [f"| {name} | `{json.dumps(value, ensure_ascii=False)}` |" for name, value in sorted(provenance.items())]
+    facts = [f"| {name} | {_cell(value)} |" for name, value in sorted(provenance.items())]
     return "\n".join(
         [
             f"# Safety tokens of {subfolder}",
@@ -339,6 +342,10 @@ def model_card(tokens: "SafetyTokens", repo: str, subfolder: str) -> str:
             "",
         ]
     )
+
+
+def _cell(value: object) -> str:
+    return "`" + json.dumps(value, ensure_ascii=False).replace("|", "\\|").replace("`", "'") + "`"
 
 
 def _repository_card(repo: str, folders: list[str]) -> str:
@@ -385,8 +392,8 @@ def _retry(call: Callable[[], T], failed: str) -> T:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The failure behind the client's "not in the cache either"."""
-    while isinstance(error, EntryNotFoundError) and not isinstance(error, HfHubHTTPError) and error.__cause__:
+    """The failure behind the client's "not in the cache either" or "error while uploading"."""
+    while error.__cause__ and not (isinstance(error, HfHubHTTPError) or _is_network(error)):
         error = error.__cause__
     return error
 
@@ -418,8 +425,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         reasons = {
-            401: "there is no such repository, or it is private and you are not logged in: check the name, and log in "
-            "with `hf auth login` or set HF_TOKEN.",
+            401: "you are not logged in, or your token is not valid there, or there is no such repository: check the name, "
+            "and log in with `hf auth login` or set HF_TOKEN.",
             403: "your token has no right to do this: use one with write access.",
             404: "there is no such repository (or it is private and your token cannot see it): check the name.",
             409: "the repository was changed meanwhile: try again.",
@@ -436,5 +443,5 @@ def _reason(error: BaseException) -> str:
     if _is_truncated(error):
         return f"the file arrived cut short, {ATTEMPTS} times: try again later."
     if _is_network(error):
-        return "the Hub cannot be reached (no network?), and the cache does not hold it."
+        return "the Hub cannot be reached, or cut the connection (no network?)."
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -323,7 +323,9 @@ def _respond(run: _Run, model: "_LazyModel", corpus: _Corpus) -> None:
     """Fills in the aligned model's responses where none are given."""
     if corpus.responses or not corpus.prompts:
         return
-    batches = _batches([len(prompt) + run.max_response_tokens for prompt in corpus.prompts], run.tokens_per_batch)
+    batches = batches_by_length(
+        [len(prompt) + run.max_response_tokens for prompt in corpus.prompts], run.tokens_per_batch
+    )
     mine: dict[int, list[int]] = {}
     with _bar(run, len(corpus.prompts), f"{corpus.name} responses") as bar:
         for number, batch in list(enumerate(batches))[run.rank :: run.world_size]:
@@ -372,7 +374,7 @@ def _measure(run: _Run, model: "_LazyModel", corpus: _Corpus, which: str) -> tup
     sums, weight = torch.zeros(2, columns, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for _, _, weights in rows:
         weight += weights.sum(1)
-    batches = _batches([len(p) + len(r) for p, r, _ in rows], run.tokens_per_batch)[run.rank :: run.world_size]
+    batches = batches_by_length([len(p) + len(r) for p, r, _ in rows], run.tokens_per_batch)[run.rank :: run.world_size]
     file = run.work_dir and run.work_dir / f"sums-{corpus.name}-{which}-{run.rank}-of-{run.world_size}.safetensors"
     done = 0
     if file and file.exists():
@@ -450,7 +452,7 @@ def _logits(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.
             body.forward = before
 
 
-def _batches(lengths: list[int], tokens: int) -> list[list[int]]:
+def batches_by_length(lengths: list[int], tokens: int) -> list[list[int]]:
     """Indices grouped by length, each batch of at most ``tokens`` with padding; depends on the lengths alone."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):

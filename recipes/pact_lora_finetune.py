@@ -111,10 +111,10 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         base = self.checkpointer.load()
         distributed = self.world_size > 1
         with training.set_default_dtype(self.dtype), torch.device("meta" if distributed else self.device):
-            model = self._build(cfg.model)
-        lora.check(model)
+            model = lora.build(cfg.model, self.world_size)
+        self.quantized = lora.quantized_names(model)
         set_trainable_params(model, get_adapter_params(model))
-        adapter = state["adapter"] if state else lora.initial_adapter(model, cfg.seed)
+        adapter = state["adapter"] if state else lora.initial_adapter(model, base, cfg.seed)
         self.checkpointer.check(model, base | adapter)
         if cfg.compile:
             training.compile_model(model, verbose=self.rank == 0)
@@ -125,12 +125,6 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         else:
             model.load_state_dict(base | adapter)
         return model
-
-    def _build(self, cfg_model: DictConfig) -> torch.nn.Module:
-        try:
-            return config.instantiate(cfg_model)
-        except (TypeError, ValueError, AssertionError) as error:
-            raise UserError(f"Section 'model' cannot be built: {error}") from error
 
     def _setup_optimizer(self, state: dict[str, Any] | None) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -163,6 +157,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         reference = {
             "weights": self.checkpointer.weights_hash,
             "dtype": str(self.dtype),
+            "quantized": self.quantized,
             "safety_tokens": columns.ids.tolist(),
             "tail": columns.tail,
         }
@@ -410,8 +405,9 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         """
         adapter = lora.gather(self.model)
         if self.rank == 0:
-            rank, alpha = lora.rank_and_alpha(self.model)
-            base = None if self.cfg.save_adapter_weights_only else self.checkpointer.load()
+            base = None
+            if not self.cfg.save_adapter_weights_only:
+                base = lora.dequantized(self.checkpointer.load(), self.quantized, self.dtype)
             notes = {
                 "pact_tune": __version__,
                 "epoch": epoch,
@@ -420,7 +416,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                 "reference": self.checkpointer.weights_hash,
                 "data": [vars(counts) for counts in self.dataset.counts],
             }
-            directory = self.checkpointer.save(f"epoch_{epoch}", base, adapter, rank, alpha, notes)
+            directory = self.checkpointer.save(f"epoch_{epoch}", base, adapter, lora.spec(self.model), notes)
             self._say(f"Saved {directory}")
         self._save_state()
 

@@ -21,11 +21,61 @@ SIZES = {
     "intermediate_dim": 64,
     "max_seq_len": 512,
 }
-BUILDERS = {
-    "qwen2": {"_component_": "torchtune.models.qwen2.lora_qwen2", "tie_word_embeddings": True, "norm_eps": 1e-6},
-    "llama": {"_component_": "torchtune.models.llama3.lora_llama3", "norm_eps": 1e-6},
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
-MODEL_TYPES = {"qwen2": "QWEN2", "llama": "LLAMA3"}
+# name -> (model builder, checkpointer.model_type, arguments of tiny_model)
+ARCHITECTURES = {
+    "qwen2": (
+        {"_component_": "torchtune.models.qwen2.lora_qwen2", "tie_word_embeddings": True, "norm_eps": 1e-6},
+        "QWEN2",
+        {"architecture": "qwen2", "tied": True},
+    ),
+    "qwen2_untied": (
+        {"_component_": "torchtune.models.qwen2.lora_qwen2", "norm_eps": 1e-6},
+        "QWEN2",
+        {"architecture": "qwen2", "tied": False},
+    ),
+    "llama": (
+        {"_component_": "torchtune.models.llama3.lora_llama3", "norm_eps": 1e-6},
+        "LLAMA3",
+        {"architecture": "llama", "tied": False},
+    ),
+    "llama3_1": (
+        {"_component_": "torchtune.models.llama3_1.lora_llama3_1", "norm_eps": 1e-6},
+        "LLAMA3",
+        {"architecture": "llama", "tied": False, "rope_parameters": LLAMA3_SCALING},
+    ),
+    "llama3_2": (
+        {"_component_": "torchtune.models.llama3_2.lora_llama3_2", "norm_eps": 1e-6, "scale_factor": 32},
+        "LLAMA3_2",
+        {"architecture": "llama", "tied": True, "rope_parameters": LLAMA3_SCALING | {"factor": 32.0}},
+    ),
+    "gemma2": (
+        {
+            "_component_": "pact_tune.torchtune.gemma2.lora_gemma2",
+            "head_dim": 8,
+            "sliding_window_size": 12,
+            "query_pre_attn_scalar": 11,
+            "attn_logit_softcap": 5.0,
+            "final_logit_softcap": 3.0,
+        },
+        "GEMMA2",
+        {
+            "architecture": "gemma2",
+            "tied": True,
+            "sliding_window": 12,
+            "query_pre_attn_scalar": 11,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+}
 
 
 def write_rows(path: Path, n: int) -> Path:
@@ -44,7 +94,8 @@ def write_rows(path: Path, n: int) -> Path:
 def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40, **model) -> Path:
     """A folder with a checkpoint, safety tokens, data and a config for them: config.yaml."""
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = tiny_model(directory / "model", architecture, tied=architecture == "qwen2", **model)
+    builder, model_type, tiny = ARCHITECTURES[architecture]
+    checkpoint = tiny_model(directory / "model", **tiny | model)
     tokenizer = load_tokenizer(str(checkpoint))
     safety_tokens_from_templates(tokenizer).save(directory / "safety_tokens")
     write_rows(directory / "rows.jsonl", rows)
@@ -53,7 +104,7 @@ def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40
         "output_dir": str(directory / "out"),
         "checkpoint_dir": str(checkpoint),
         "model": {
-            **BUILDERS[architecture],
+            **builder,
             **SIZES,
             "vocab_size": hf["vocab_size"],
             "rope_base": hf["rope_parameters"]["rope_theta"],
@@ -66,7 +117,7 @@ def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40
         "checkpointer": {
             "_component_": "pact_tune.torchtune.HFCheckpointer",
             "checkpoint_dir": "${checkpoint_dir}",
-            "model_type": MODEL_TYPES[architecture],
+            "model_type": model_type,
             "output_dir": "${output_dir}",
         },
         "dataset": {"_component_": "pact_tune.chat_dataset", "source": str(directory / "rows.jsonl")},

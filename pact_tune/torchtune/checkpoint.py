@@ -14,10 +14,13 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.files import atomic_folder
+from pact_tune.torchtune import gemma2
+from pact_tune.torchtune.lora import LoRASpec
 
 StateDict = dict[str, torch.Tensor]
 # checkpointer.model_type -> (model_type of config.json, to torchtune, to Hugging Face)
@@ -25,7 +28,9 @@ FAMILIES: dict[str, tuple[str, Callable, Callable]] = {
     "QWEN2": ("qwen2", qwen2_hf_to_tune, qwen2_tune_to_hf),
     "LLAMA3": ("llama", hf_to_tune, tune_to_hf),
     "LLAMA3_2": ("llama", hf_to_tune, tune_to_hf),
+    "GEMMA2": ("gemma2", gemma2.hf_to_tune, gemma2.tune_to_hf),
 }
+LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
 
 
@@ -34,7 +39,7 @@ class HFCheckpointer:
 
     Args:
         checkpoint_dir (str): folder with config.json and safetensors files.
-        model_type (str): "QWEN2" (Qwen2, Qwen2.5), "LLAMA3" (Llama 3, 3.1, 3.3) or "LLAMA3_2".
+        model_type (str): "QWEN2" (Qwen2, Qwen2.5), "LLAMA3" (Llama 3, 3.1, 3.3), "LLAMA3_2" or "GEMMA2".
         output_dir (str): where the recipe's results go.
 
     Raises:
@@ -128,23 +133,11 @@ class HFCheckpointer:
         Raises:
             UserError: names the first tensor or constant that differs.
         """
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         # Shapes do not show these, and a wrong one trains a slightly wrong network without a word.
-        rope = self.config.get("rope_parameters") or self.config
-        attention = model.layers[0].attn
-        found |= {
-            "rms_norm_eps": self.config["rms_norm_eps"],
-            "rope_theta": rope["rope_theta"],
-            "num_attention_heads": self.config["num_attention_heads"],
-            "num_key_value_heads": self.config["num_key_value_heads"],
-        }
-        expected |= {
-            "rms_norm_eps": model.norm.eps,
-            "rope_theta": attention.pos_embeddings.base,
-            "num_attention_heads": attention.num_heads,
-            "num_key_value_heads": attention.num_kv_heads,
-        }
+        found |= constants_of_config(self.config)
+        expected |= constants_of_model(model)
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise UserError(
@@ -154,7 +147,7 @@ class HFCheckpointer:
                 )
 
     def save(
-        self, name: str, base: StateDict | None, adapter: StateDict, rank: int, alpha: float, notes: dict[str, Any]
+        self, name: str, base: StateDict | None, adapter: StateDict, spec: LoRASpec, notes: dict[str, Any]
     ) -> Path:
         """Writes one result folder: the merged checkpoint where ``base`` is given, and ``adapter/`` in PEFT's format.
 
@@ -162,8 +155,7 @@ class HFCheckpointer:
             name (str): folder below ``output_dir``.
             base (StateDict | None): base weights under torchtune's names, on the CPU; they are not changed.
             adapter (StateDict): LoRA weights under torchtune's names.
-            rank (int): r of LoRA.
-            alpha (float): alpha of LoRA.
+            spec (LoRASpec): rank, alpha and kind of the adapter.
             notes (dict[str, Any]): how the model was made; goes to pact.json.
 
         Returns:
@@ -172,7 +164,7 @@ class HFCheckpointer:
         directory = self.output_dir / name
         with atomic_folder(directory) as folder:
             if base is not None:
-                merged = self._to_hf(merge(base, adapter, rank, alpha), **self._shape, **self._tied)
+                merged = self._to_hf(merge(base, adapter, spec), **self._shape, **self._tied)
                 save_torch_state_dict({k: v.contiguous() for k, v in merged.items()}, folder)
                 for file in self.directory.iterdir():
                     if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
@@ -185,9 +177,10 @@ class HFCheckpointer:
                 "peft_type": "LORA",
                 "task_type": "CAUSAL_LM",
                 "base_model_name_or_path": str(self.directory.resolve()),
-                "r": rank,
-                "lora_alpha": alpha,
-                "target_modules": sorted({key.split(".")[-3] for key in peft}),
+                "r": spec.rank,
+                "lora_alpha": spec.alpha,
+                "use_dora": spec.dora,
+                "target_modules": sorted({key.split(".")[-3] for key in peft if key.endswith(".lora_B.weight")}),
                 "bias": "none",
                 "inference_mode": True,
             }
@@ -196,43 +189,119 @@ class HFCheckpointer:
         return directory
 
     def peft_adapter(self, adapter: StateDict) -> StateDict:
-        """LoRA weights under PEFT's names.
+        """LoRA or DoRA weights under PEFT's names.
 
         The rows of B belong to the rows of the base weight, so whatever the family's converter does to those (Llama: a
-        permutation of the rotary dimensions; Qwen2: nothing), it does to B; A is left as it is. torchtune's own
-        exporter permutes for every family.
+        permutation of the rotary dimensions; Qwen2: nothing), it does to B, and to DoRA's magnitudes; A is left as it is.
+        torchtune's own exporter permutes for every family, and no magnitudes.
 
         Args:
-            adapter (StateDict): "....lora_a.weight" and "....lora_b.weight" of each module.
+            adapter (StateDict): "....lora_a.weight", "....lora_b.weight" and, for DoRA, "....magnitude" of each module.
 
         Returns:
-            StateDict: "base_model.model.....lora_A.weight" and B.
+            StateDict: "base_model.model.....lora_A.weight", B and "lora_magnitude_vector".
         """
         result: StateDict = {}
-        for key, b in adapter.items():
-            if not key.endswith(".lora_b.weight"):
+        for key, a in adapter.items():
+            if not key.endswith(".lora_a.weight"):
                 continue
-            module = key.removesuffix(".lora_b.weight")
-            shape = self._shape | {"dim": b.shape[1]}
-            ((hf_key, hf_b),) = self._to_hf({f"{module}.weight": b}, **shape, **self._tied).items()
-            prefix = "base_model.model." + hf_key.removesuffix(".weight")
-            result[f"{prefix}.lora_A.weight"] = adapter[f"{module}.lora_a.weight"].contiguous()
-            result[f"{prefix}.lora_B.weight"] = hf_b.contiguous()
+            module = key.removesuffix(".lora_a.weight")
+            prefix, b = self._rows_to_hf(module, adapter[f"{module}.lora_b.weight"])
+            result[f"{prefix}.lora_A.weight"] = a.contiguous()
+            result[f"{prefix}.lora_B.weight"] = b
+            if f"{module}.magnitude" in adapter:
+                _, magnitude = self._rows_to_hf(module, adapter[f"{module}.magnitude"][:, None])
+                result[f"{prefix}.lora_magnitude_vector"] = magnitude[:, 0].contiguous()
         return result
 
+    def _rows_to_hf(self, module: str, rows: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """PEFT's prefix of a module, and a tensor ``[out, n]`` that belongs to the rows of its weight, in HF's order."""
+        shape = self._shape | {"dim": rows.shape[1]}
+        ((hf_key, hf_rows),) = self._to_hf({f"{module}.weight": rows}, **shape, **self._tied).items()
+        return "base_model.model." + hf_key.removesuffix(".weight"), hf_rows.contiguous()
 
-def merge(base: StateDict, adapter: StateDict, rank: int, alpha: float) -> StateDict:
-    """Base weights with LoRA added: W + alpha / rank * B A, computed in float32; ``base`` is left as it is.
 
-    torchtune's own function adds in place, which on the CPU changes the weights of the model that is still training.
+def constants_of_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's config.json says of the network beyond the shapes of its weights.
+
+    Args:
+        config (dict[str, Any]): config.json, as transformers 4 or 5 writes it.
+
+    Returns:
+        dict[str, Any]: under config.json's names.
+    """
+    rope = config.get("rope_parameters") or config  # transformers 4 has rope_theta and rope_scaling apart
+    scaling = config.get("rope_scaling") or rope
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    constants = {
+        "rms_norm_eps": config["rms_norm_eps"],
+        "rope_theta": float(rope["rope_theta"]),
+        "rope_scaling": tuple(float(scaling[key]) for key in LLAMA3_SCALING) if kind == "llama3" else kind,
+        "num_attention_heads": config["num_attention_heads"],
+        "num_key_value_heads": config["num_key_value_heads"],
+    }
+    if config["model_type"] == "gemma2":
+        layers = config["num_hidden_layers"]
+        kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * (layers // 2 + 1)
+        constants |= {
+            "query_pre_attn_scalar": float(config["query_pre_attn_scalar"]),
+            "attn_logit_softcapping": config["attn_logit_softcapping"],
+            "final_logit_softcapping": config["final_logit_softcapping"],
+            "sliding_window": [config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds[:layers]],
+        }
+    elif config.get("use_sliding_window"):
+        constants["use_sliding_window"] = True
+    return constants
+
+
+def constants_of_model(model: nn.Module) -> dict[str, Any]:
+    """The same of a torchtune model.
+
+    Args:
+        model (nn.Module): may lie on the meta device.
+
+    Returns:
+        dict[str, Any]: under config.json's names.
+    """
+    attention = model.layers[0].attn
+    rope = attention.pos_embeddings
+    constants = {
+        "rms_norm_eps": model.norm.eps,
+        "rope_theta": float(rope.base),
+        "rope_scaling": (
+            tuple(map(float, (rope.scale_factor, rope.low_freq_factor, rope.high_freq_factor, rope.old_context_len)))
+            if isinstance(rope, Llama3ScaledRoPE)
+            else "default"
+        ),
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+    }
+    if isinstance(model, gemma2.Gemma2Decoder):
+        constants |= {
+            "query_pre_attn_scalar": round(attention.scaling**-2, 6),
+            "attn_logit_softcapping": attention.softcapping,
+            "final_logit_softcapping": model.logit_softcap,
+            "sliding_window": [layer.attn.sliding_window_size for layer in model.layers],
+        }
+    return constants
+
+
+def merge(base: StateDict, adapter: StateDict, spec: LoRASpec) -> StateDict:
+    """Base weights with the adapter merged, computed in float32; ``base`` is left as it is.
+
+    LoRA: W' = W + alpha / rank * B A. DoRA: the rows of that, scaled to the learned magnitudes. torchtune's own function
+    adds in place, which on the CPU changes the weights of the model that is still training.
     """
     merged = dict(base)
     for key, b in adapter.items():
         if key.endswith(".lora_b.weight"):
             module = key.removesuffix(".lora_b.weight")
-            weight, a = base[f"{module}.weight"], adapter[f"{module}.lora_a.weight"]
-            update = alpha / rank * (b.float() @ a.float())
-            merged[f"{module}.weight"] = (weight.float() + update).to(weight.dtype)
+            old, a = base[f"{module}.weight"], adapter[f"{module}.lora_a.weight"]
+            weight = old.float() + spec.alpha / spec.rank * (b.float() @ a.float())
+            if spec.dora:
+                magnitude = adapter[f"{module}.magnitude"].float()
+                weight *= (magnitude / torch.linalg.norm(weight, dim=1))[:, None]
+            merged[f"{module}.weight"] = weight.to(old.dtype)
     return merged
 
 

@@ -1,50 +1,137 @@
-"""LoRA parameters of a torchtune model: their start, their whole values, and how the model is sharded around them."""
+"""LoRA and DoRA of a torchtune model: building, their start, their whole values, and sharding around them."""
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
+from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torchtune import training
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune import config, training
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from pact_tune.errors import UserError
 
-
-def modules(model: nn.Module) -> dict[str, LoRALinear]:
-    """The model's LoRA layers by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+NF4_BLOCK = 64 * 256  # weights that share one second-level scale; NF4 takes multiples of it only
 
 
-def check(model: nn.Module) -> None:
-    """Raises UserError when the model has no LoRA, or a kind of it whose reference or export would not be right."""
-    if any(isinstance(module, DoRALinear) for module in model.modules()):
+class LoRASpec(NamedTuple):
+    """What an exporter must know of the adapter, which torchtune sets alike for all layers.
+
+    Attributes:
+        rank (int): r.
+        alpha (float): the update is scaled by alpha / r.
+        dora (bool): DoRA: the updated weight's rows are scaled to learned magnitudes.
+    """
+
+    rank: int
+    alpha: float
+    dora: bool
+
+
+def modules(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
+    """The model's LoRA or DoRA layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | DoRALinear)}
+
+
+def build(cfg_model: DictConfig, world_size: int = 1) -> nn.Module:
+    """Builds a model with adapters, on the current device.
+
+    Args:
+        cfg_model (DictConfig): section `model` of the config.
+        world_size (int): processes that will share it.
+
+    Returns:
+        nn.Module: the model, its weights not yet loaded.
+
+    Raises:
+        UserError: it cannot be built, or its reference or export would not be right.
+    """
+    if cfg_model.get("lora_rank", 1) < 1:
+        raise UserError("model.lora_rank must be at least 1.")
+    try:
+        model = config.instantiate(cfg_model)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"Section 'model' cannot be built: {error}") from error
+    _check(model, world_size)
+    return model
+
+
+def _check(model: nn.Module, world_size: int) -> None:
+    if isinstance(model.norm, Gemma2FinalNorm):
         raise UserError(
-            "model.use_dora is not supported: torchtune's DoRA cannot be exported without changing the model."
+            "torchtune's own gemma2 builders compute another network than Gemma 2 (they soft-cap the hidden state, not the "
+            "logits): name one of pact_tune.torchtune.gemma2, such as lora_gemma2_9b, in model._component_."
         )
     layers = modules(model)
     if not layers:
         raise UserError(
             "The model has no LoRA layers: name a lora_* builder, and lora_attn_modules that are not empty."
         )
-    if any(layer._quantize_base for layer in layers.values()):
-        raise UserError("model.quantize_base is not supported yet: use a builder without QLoRA.")
-    if any(layer.rank < 1 for layer in layers.values()):
-        raise UserError("model.lora_rank must be at least 1.")
+    dora = [name for name, layer in layers.items() if isinstance(layer, DoRALinear)]
+    if biased := [name for name in dora if layers[name].use_bias]:
+        raise UserError(
+            f"model.use_dora cannot be used on {biased[0]}, which has a bias: torchtune's DoRA scales the bias with the "
+            "weight, which no merged checkpoint and no PEFT adapter can express; leave such layers out of "
+            "lora_attn_modules (Qwen: q_proj, k_proj and v_proj), or set use_dora: False."
+        )
+    quantized = quantized_names(model)
+    if dora and quantized and world_size > 1:
+        raise UserError(
+            "model.use_dora with quantize_base does not work on several processes (torchao cannot add to a sharded NF4 "
+            "weight): use one process, or one of the two."
+        )
+    for name in quantized:
+        numel = model.get_parameter(name).numel()
+        if numel % (NF4_BLOCK * world_size):
+            raise UserError(
+                f"{name} has {numel} weights, which NF4 cannot divide among {world_size} process(es): it takes multiples of "
+                f"{NF4_BLOCK} a process; use fewer processes, or quantize_base: False."
+            )
 
 
-def rank_and_alpha(model: nn.Module) -> tuple[int, float]:
-    """r and alpha, which torchtune sets alike for all layers."""
+def spec(model: nn.Module) -> LoRASpec:
+    """Rank, alpha and kind of the model's adapter."""
     layer = next(iter(modules(model).values()))
-    return layer.rank, layer.alpha
+    dora = isinstance(layer, DoRALinear)
+    rank = layer.lora_a.out_features
+    return LoRASpec(rank, layer.scaling * rank if dora else layer.alpha, dora)
 
 
-def initial_adapter(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """A fresh adapter: A Kaiming-uniform, B zero, as in torchtune, but from the seed alone.
+def quantized_names(model: nn.Module) -> list[str]:
+    """Names of the weights that are held in NF4; the model must not be sharded yet."""
+    return [name for name, parameter in model.named_parameters() if isinstance(parameter, NF4Tensor)]
+
+
+def dequantized(
+    base: dict[str, torch.Tensor], quantized: list[str], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Base weights as a QLoRA model computes with them: rounded to NF4 and back.
+
+    Args:
+        base (dict[str, torch.Tensor]): weights of the checkpoint.
+        quantized (list[str]): those that the model holds in NF4.
+        dtype (torch.dtype): of the model.
+
+    Returns:
+        dict[str, torch.Tensor]: the same names; ``base`` itself is left as it is.
+    """
+    return base | {name: _through_nf4(base[name].to(dtype)) for name in quantized}
+
+
+def _through_nf4(weight: torch.Tensor) -> torch.Tensor:
+    return to_nf4(weight.contiguous()).get_original_weight()
+
+
+def initial_adapter(model: nn.Module, base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    """A fresh adapter: A Kaiming-uniform and B zero, as in torchtune, but from the seed alone.
 
     Args:
         model (nn.Module): with LoRA; may lie on the meta device.
+        base (dict[str, torch.Tensor]): its base weights, whose row norms DoRA's magnitudes start from.
         seed (int): equal seeds give equal adapters, whatever the number of processes.
 
     Returns:
@@ -58,6 +145,11 @@ def initial_adapter(model: nn.Module, seed: int) -> dict[str, torch.Tensor]:
         dtype = layer.lora_a.weight.dtype
         adapter[f"{name}.lora_a.weight"] = a.to(dtype)
         adapter[f"{name}.lora_b.weight"] = torch.zeros(layer.lora_b.weight.shape, dtype=dtype)
+        if isinstance(layer, DoRALinear):
+            weight = base[f"{name}.weight"].to(dtype)
+            if layer._quantize_base:
+                weight = _through_nf4(weight)
+            adapter[f"{name}.magnitude"] = torch.linalg.norm(weight, dim=1)
     return adapter
 
 
@@ -92,7 +184,12 @@ def shard(
 
 
 def gather(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The adapter's weights, whole and copied to the CPU, under the names of an unwrapped model; all ranks must call it."""
-    adapter = {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in adapter.items()}
-    return {name: tensor.detach().cpu().clone() for name, tensor in whole.items()}
+    """What is trained, whole and copied to the CPU, under the names of an unwrapped model; all ranks must call it."""
+    # Not from state_dict(), which would dequantise a QLoRA model's base weights on the way.
+    trained = {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.items()}
+    return {name: tensor.cpu().clone() for name, tensor in whole.items()}

@@ -13,6 +13,7 @@ from pact_tune.batching import Batch, collate
 from pact_tune.conversations import Conversation
 from pact_tune.head import CHUNK, Columns, read_columns, read_logits, reduce_in_chunks
 from pact_tune.objectives import SFT, Reference
+from pact_tune.torchtune.gemma2 import Gemma2Decoder, soft_cap
 
 
 class Decoder:
@@ -81,7 +82,7 @@ class Decoder:
         def read(hidden: torch.Tensor) -> torch.Tensor:
             rows = hidden.flatten(0, 1).index_select(0, batch.index)
             if not columns.tail:
-                return F.linear(rows, self._head_weight()[columns.ids]).float()
+                return self._capped(F.linear(rows, self._head_weight()[columns.ids]).float())
             parts = [read_columns(self._logits(part), columns) for part in rows.split(CHUNK)]
             return torch.cat(parts) if parts else rows.new_empty(0, columns.width, dtype=torch.float32)
 
@@ -90,7 +91,10 @@ class Decoder:
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Full logits of hidden rows ``[n, H]``: ``[n, V]`` float32."""
-        return self.model.output(rows).float()
+        return self._capped(self.model.output(rows).float())
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        return soft_cap(logits, self.model.logit_softcap) if isinstance(self.model, Gemma2Decoder) else logits
 
     def _head_weight(self) -> torch.Tensor:
         """The output head's own weight ``[V, H]``, without LoRA; to be read inside the forward only."""

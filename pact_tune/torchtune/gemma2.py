@@ -1,0 +1,180 @@
+"""Gemma 2, composed from torchtune's parts with what its own builder gets wrong put right.
+
+torchtune 0.6.1 applies the final soft-cap to the hidden state instead of the logits, exchanges the norms before and
+after the feed-forward when it converts checkpoints, and gives its 2B and 9B builders the two caps exchanged.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torchtune.models.gemma2 import _component_builders as torchtune_gemma2
+from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.common_utils import _register_reparametrize_state_dict_hooks
+from torchtune.modules.peft import LORA_ATTN_MODULES
+
+StateDict = dict[str, torch.Tensor]
+
+
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Squeezes logits into (-cap, cap); elementwise, so it may follow a selection of columns."""
+    return cap * torch.tanh(logits / cap)
+
+
+class Gemma2Decoder(TransformerDecoder):
+    """A decoder whose logits are soft-capped.
+
+    Args:
+        logit_softcap (float): final_logit_softcapping of the checkpoint's config.
+        **parts (Any): of :class:`torchtune.modules.TransformerDecoder`.
+    """
+
+    def __init__(self, logit_softcap: float, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.logit_softcap = logit_softcap
+
+    def unembed(self, h: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, S, V]`` float32 of the last layer's output ``[B, S, H]``."""
+        return soft_cap(self.output(self.norm(h)).float(), self.logit_softcap)
+
+
+def gemma2(
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    head_dim: int,
+    num_kv_heads: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    norm_eps: float = 1e-6,
+    rope_base: int = 10_000,
+    attn_logit_softcap: float = 50.0,
+    final_logit_softcap: float = 30.0,
+    sliding_window_size: int = 4096,
+    query_pre_attn_scalar: int | None = None,
+) -> Gemma2Decoder:
+    """A Gemma 2 without adapters; arguments as :func:`lora_gemma2`."""
+    sizes = dict(locals())
+    cap = sizes.pop("final_logit_softcap")
+    sizes["hidden_capping_value"] = sizes.pop("attn_logit_softcap")
+    return _capped(torchtune_gemma2.gemma2(**sizes), cap)
+
+
+def lora_gemma2(
+    lora_attn_modules: list[LORA_ATTN_MODULES],
+    apply_lora_to_mlp: bool = False,
+    *,
+    vocab_size: int,
+    num_layers: int,
+    num_heads: int,
+    head_dim: int,
+    num_kv_heads: int,
+    embed_dim: int,
+    intermediate_dim: int,
+    max_seq_len: int,
+    norm_eps: float = 1e-6,
+    rope_base: int = 10_000,
+    attn_logit_softcap: float = 50.0,
+    final_logit_softcap: float = 30.0,
+    sliding_window_size: int = 4096,
+    query_pre_attn_scalar: int | None = None,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> Gemma2Decoder:
+    """A Gemma 2 with LoRA. The head is tied to the embedding, so it takes none.
+
+    Args:
+        lora_attn_modules (list[LORA_ATTN_MODULES]): of "q_proj", "k_proj", "v_proj", "output_proj".
+        apply_lora_to_mlp (bool): LoRA on the three linear layers of each feed-forward.
+        vocab_size (int): rows of the embedding.
+        num_layers (int): every second one, from the first, attends within the sliding window only.
+        num_heads (int): query heads.
+        head_dim (int): size of a head.
+        num_kv_heads (int): key and value heads.
+        embed_dim (int): hidden size.
+        intermediate_dim (int): inner size of the feed-forward.
+        max_seq_len (int): longest sequence, in tokens.
+        norm_eps (float): of the RMS norms.
+        rope_base (int): of the rotary embedding.
+        attn_logit_softcap (float): cap of the attention scores.
+        final_logit_softcap (float): cap of the logits.
+        sliding_window_size (int): in tokens.
+        query_pre_attn_scalar (int | None): queries are divided by its square root; None is ``head_dim``.
+        lora_rank (int): r.
+        lora_alpha (float): LoRA is scaled by alpha / r.
+        lora_dropout (float): on LoRA's input.
+        use_dora (bool): DoRA instead of LoRA.
+        quantize_base (bool): the base weights of all linear layers in NF4.
+
+    Returns:
+        Gemma2Decoder: the model.
+    """
+    arguments = dict(locals())
+    cap = arguments.pop("final_logit_softcap")
+    arguments["hidden_capping_value"] = arguments.pop("attn_logit_softcap")
+    model = _capped(torchtune_gemma2.lora_gemma2(**arguments), cap)
+    if quantize_base:  # state_dict() then gives plain tensors, as with torchtune's other builders
+        _register_reparametrize_state_dict_hooks(model, dtype=model.tok_embeddings.weight.dtype)
+    return model
+
+
+def _capped(model: TransformerDecoder, cap: float) -> Gemma2Decoder:
+    """The parts of torchtune's model in a decoder that caps the logits, and not the hidden state."""
+    return Gemma2Decoder(
+        logit_softcap=cap,
+        tok_embeddings=model.tok_embeddings,
+        layers=model.layers,
+        max_seq_len=model.max_seq_len,
+        num_heads=model.num_heads,
+        head_dim=model.head_dim,
+        norm=model.norm.rms_norm,
+        output=model.output,
+    )
+
+
+_2B = {"num_layers": 26, "num_heads": 8, "head_dim": 256, "num_kv_heads": 4, "embed_dim": 2304, "intermediate_dim": 9216}
+_9B = {"num_layers": 42, "num_heads": 16, "head_dim": 256, "num_kv_heads": 8, "embed_dim": 3584, "intermediate_dim": 14336}
+_27B = {
+    "num_layers": 46, "num_heads": 32, "head_dim": 128, "num_kv_heads": 16, "embed_dim": 4608, "intermediate_dim": 36864,
+    "query_pre_attn_scalar": 144,
+}  # fmt: skip
+_COMMON = {"vocab_size": 256_000, "max_seq_len": 8192}
+
+gemma2_2b = partial(gemma2, **_COMMON, **_2B)
+gemma2_9b = partial(gemma2, **_COMMON, **_9B)
+gemma2_27b = partial(gemma2, **_COMMON, **_27B)
+lora_gemma2_2b = partial(lora_gemma2, **_COMMON, **_2B)
+lora_gemma2_9b = partial(lora_gemma2, **_COMMON, **_9B)
+lora_gemma2_27b = partial(lora_gemma2, **_COMMON, **_27B)
+
+
+def hf_to_tune(weights: StateDict, **shape: int) -> StateDict:
+    """Hugging Face's names to this module's.
+
+    Args:
+        weights (StateDict): under Hugging Face's names.
+        **shape (int): num_heads, num_kv_heads, dim, head_dim.
+
+    Returns:
+        StateDict: under torchtune's names.
+    """
+    return {_correct(name): tensor for name, tensor in gemma2_hf_to_tune(weights, **shape).items()}
+
+
+def tune_to_hf(weights: StateDict, **shape: int) -> StateDict:
+    """The inverse of :func:`hf_to_tune`."""
+    return gemma2_tune_to_hf({_correct(name): tensor for name, tensor in weights.items()}, **shape)
+
+
+def _correct(name: str) -> str:
+    """torchtune's name of a weight to the right one, and back."""
+    exchanged = {"mlp_norm": "mlp_scale", "mlp_scale": "mlp_norm"}
+    if name.startswith("norm."):
+        return "norm.scale" if name == "norm.rms_norm.scale" else "norm.rms_norm.scale"
+    return ".".join(exchanged.get(part, part) for part in name.split("."))

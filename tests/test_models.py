@@ -1,0 +1,147 @@
+"""Models and exports against transformers and PEFT: the same weights give the same logits."""
+
+import peft
+import pytest
+import torch
+from omegaconf import OmegaConf
+from recipe import ARCHITECTURES, logged, tune_run, tune_run_processes, write_workspace
+from safetensors.torch import load_file, save_file
+from torchtune import config
+from transformers import AutoModelForCausalLM
+
+from pact_tune.conversations import Conversation
+from pact_tune.head import Columns
+from pact_tune.tools.configs import load
+from pact_tune.torchtune import lora
+from pact_tune.torchtune.model import Decoder
+
+TOLERANCE = {"atol": 1e-4, "rtol": 0}
+ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
+TIED = ("qwen2", "llama3_2", "gemma2")
+
+
+def workspace_of(folder, architecture, **model):
+    """A workspace whose norms and biases are not the neutral ones of a fresh model, as in a trained one."""
+    path = write_workspace(folder, architecture, rows=24, **model)
+    file = folder / "model" / "model.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    weights = load_file(file)
+    for name, tensor in weights.items():
+        if tensor.ndim == 1:
+            weights[name] = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+    save_file(weights, file, metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def workspace(architecture, tmp_path_factory):
+    return workspace_of(tmp_path_factory.mktemp(architecture), architecture)
+
+
+@pytest.fixture(scope="module")
+def reference(workspace):
+    """The checkpoint in transformers; eager attention, which alone computes Gemma 2's soft-cap."""
+    return transformers_model(workspace.parent / "model")
+
+
+def transformers_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+
+
+def build(workspace, model, trained):
+    """A decoder with the checkpoint's weights and a LoRA that is fresh or, as if trained, anything."""
+    cfg = load(workspace)
+    network = config.instantiate(OmegaConf.merge(cfg.model, model))
+    checkpointer = config.instantiate(cfg.checkpointer)
+    base = checkpointer.load()
+    adapter = lora.initial_adapter(network, base, 0)
+    if trained:
+        generator = torch.Generator().manual_seed(2)
+        adapter = {name: 0.1 * torch.randn(t.shape, generator=generator) for name, t in adapter.items()}
+    checkpointer.check(network, base | adapter)
+    network.load_state_dict(base | adapter)
+    return Decoder(network, 0, torch.device("cpu")), checkpointer, base, adapter
+
+
+def logits_of(decoder, tokens):
+    with torch.no_grad():
+        return decoder._forward(tokens, decoder._logits)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 200, (2, 60), generator=torch.Generator().manual_seed(0))  # Gemma's window has 12
+
+
+def test_logits_are_those_of_transformers_with_a_fresh_lora(workspace, reference, tokens):
+    decoder, *_ = build(workspace, {}, trained=False)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(decoder, tokens), reference(tokens).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_reference_columns_are_those_of_transformers_with_a_trained_lora(workspace, reference, tokens, tail):
+    """Adapters off, read through the sliced head or, for the tail, the full one."""
+    decoder, *_ = build(workspace, {}, trained=True)
+    ids = torch.tensor([7, 3, 150])
+    conversations = [Conversation(row.tolist(), [(20, 60)]) for row in tokens]
+    columns = decoder.reference_columns(conversations, Columns(ids, tail))
+    with torch.no_grad():
+        logits = reference(tokens).logits[:, 19:59].flatten(0, 1)
+    torch.testing.assert_close(columns[:, :3], logits[:, ids], **TOLERANCE)
+    if tail:
+        rest = [i for i in range(logits.shape[1]) if i not in ids]
+        torch.testing.assert_close(columns[:, 3], logits[:, rest].logsumexp(-1), **TOLERANCE)
+
+
+CHOICES = {
+    **{name: {"lora_attn_modules": [name], "apply_lora_to_mlp": False} for name in ATTENTION},
+    "mlp": {"lora_attn_modules": ["v_proj"], "apply_lora_to_mlp": True},
+    "output": {"lora_attn_modules": ["v_proj"], "apply_lora_to_mlp": False, "apply_lora_to_output": True},
+    "all": {"lora_attn_modules": ATTENTION, "apply_lora_to_mlp": True},
+}
+
+
+def assert_exports_equal(decoder, checkpointer, base, adapter, workspace, tokens, tmp_path):
+    """Trained torchtune model = merged checkpoint = PEFT adapter on the base, in transformers."""
+    checkpointer.output_dir = tmp_path
+    spec = lora.spec(decoder.model)
+    folder = checkpointer.save("result", base, adapter, spec, {})
+    live = logits_of(decoder, tokens)
+    base_model = transformers_model(workspace.parent / "model")
+    with torch.no_grad():
+        assert (base_model(tokens).logits - live).abs().max() > 0.01, "the adapter does nothing"
+        torch.testing.assert_close(transformers_model(folder)(tokens).logits, live, **TOLERANCE)
+        adapted = peft.PeftModel.from_pretrained(base_model, folder / "adapter")
+        torch.testing.assert_close(adapted(tokens).logits, live, **TOLERANCE)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_exports_equal_the_trained_model(architecture, workspace, tokens, tmp_path, choice):
+    model = CHOICES[choice]
+    if choice == "output" and architecture in TIED:
+        pytest.skip("a tied head takes no LoRA")
+    if choice == "all" and architecture not in TIED:
+        model = model | {"apply_lora_to_output": True}
+    assert_exports_equal(*build(workspace, model, trained=True), workspace, tokens, tmp_path)
+
+
+def test_three_steps_on_one_process_and_two(architecture, workspace, tmp_path, monkeypatch):
+    """Equal losses, and the result in transformers has them too."""
+    steps = ["max_steps_per_epoch=3", "loss.preset=tail"]
+    one = [f"output_dir={tmp_path}/one", *steps]
+    assert tune_run(monkeypatch, workspace, *one) is None
+    two = [f"output_dir={tmp_path}/two", f"reference_cache.directory={tmp_path}/cache", "batch_size=2", *steps]
+    process = tune_run_processes(workspace, *two, processes=2)
+    assert process.returncode == 0, process.stderr
+    losses = logged(tmp_path / "one", "loss")
+    assert len(losses) == 3 and logged(tmp_path / "two", "loss") == pytest.approx(losses, abs=1e-4)
+    assert logged(tmp_path / "one", "kl")[0] == pytest.approx(0, abs=1e-5)  # B = 0: student = reference
+    merged = [load_file(tmp_path / name / "epoch_0" / "model.safetensors") for name in ("one", "two")]
+    for name in merged[0]:
+        torch.testing.assert_close(merged[0][name], merged[1][name], atol=1e-3, rtol=1e-3)

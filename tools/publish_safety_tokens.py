@@ -1,0 +1,46 @@
+"""pact tokens publish: safety tokens to the Hugging Face Hub."""
+
+import argparse
+import sys
+
+from pact_tune import cli, hub
+from pact_tune.errors import UserError
+from pact_tune.safety_tokens import SafetyTokens
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Publishes safety tokens.
+
+    Args:
+        argv (list[str] | None): arguments; default: those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="pact tokens publish",
+        description="Publish safety tokens: one commit and one tag a version, none when nothing changed.",
+        epilog="Log in with `hf auth login`, or set HF_TOKEN.",
+    )
+    parser.add_argument("directory", metavar="DIR", help="folder with safety tokens")
+    parser.add_argument("--repo", required=True, metavar="NAMESPACE/NAME", help="made where it does not exist")
+    parser.add_argument("--subfolder", required=True, metavar="MODEL", help="folder of the model in the repository")
+    parser.add_argument("--private", action="store_true", help="the repository must be private")
+    parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
+    args = parser.parse_args(argv)
+    if args.repo.count("/") != 1:
+        raise UserError(f"--repo needs NAMESPACE/NAME, not '{args.repo}'.")
+    tokens = SafetyTokens.load(args.directory)
+    done = hub.publish(tokens, args.repo, args.subfolder, private=args.private, dry_run=args.dry_run)
+    if args.dry_run:
+        files = "".join(f"\n  {path}" for path in done.changed)
+        print(
+            f"Dry run; would write to {done.repo} as {done.tag}:{files}"
+            if files
+            else f"Dry run; {done.repo} is up to date."
+        )
+    elif done.changed:
+        print(f"Published to {done.repo} as {done.tag} (commit {done.commit[:12]}): {', '.join(done.changed)}")
+    else:
+        print(f"{done.repo} already holds this as {done.tag}: nothing to commit.")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["tokens", "publish", *sys.argv[1:]]))

@@ -1,0 +1,134 @@
+"""pact tokens show: a table of safety tokens, a plot, the difference of two vectors, coverage of a model's refusals."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pact_tune import cli
+from pact_tune.errors import UserError
+from pact_tune.files import atomic_file
+from pact_tune.safety_tokens import SafetyTokens
+
+PLOT_KINDS = (".png", ".svg", ".pdf")
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Shows safety tokens.
+
+    Args:
+        argv (list[str] | None): arguments; default: those of the process.
+    """
+    parser = argparse.ArgumentParser(prog="pact tokens show", description="Look at safety tokens, or compare two.")
+    parser.add_argument("source", metavar="DIR", help="folder, NAMESPACE/NAME, or a short name")
+    parser.add_argument("--subfolder")
+    parser.add_argument("--revision")
+    parser.add_argument("--diff", metavar="DIR", help="another vector to compare with")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help=f"bar plot ({', '.join(PLOT_KINDS)})")
+    parser.add_argument("--model", help="aligned model, for coverage; needs --prompts")
+    parser.add_argument("--prompts", metavar="FILE", help="harmful requests, for coverage")
+    parser.add_argument("--prompt-column", default="prompt")
+    parser.add_argument("--judge", default="keywords", help="keywords, demo, or MODULE:FUNCTION")
+    parser.add_argument("--device")
+    args = parser.parse_args(argv)
+    if bool(args.model) != bool(args.prompts):
+        raise UserError("Coverage needs both --model and --prompts.")
+    if args.plot and args.plot.suffix not in PLOT_KINDS:
+        raise UserError(f"--plot needs a file that ends in {', '.join(PLOT_KINDS)}, not '{args.plot}'.")
+    tokens = SafetyTokens.load(args.source, revision=args.revision, subfolder=args.subfolder)
+    if args.diff:
+        _print_diff(tokens, SafetyTokens.load(args.diff), args.source, args.diff)
+    else:
+        _print_table(tokens)
+    if args.plot:
+        _plot(tokens, args.plot)
+    if args.model:
+        _print_coverage(tokens, args)
+
+
+def _text(token: str) -> str:
+    return json.dumps(token, ensure_ascii=False)
+
+
+def _print_table(tokens: SafetyTokens) -> None:
+    facts = tokens.provenance
+    print(f"{facts.get('aligned_model', 'unknown model')}: {len(tokens)} safety tokens, method {facts['method']}")
+    if facts["method"] == "templates":
+        print("Not measured: weights are uniform; the last column is the share of templates that use the token.")
+    style = tokens.style if tokens.style is not None else [False] * len(tokens)
+    largest = tokens.weights.max().item()
+    print(f"{'rank':>4} {'id':>7}  {'token':<18} {'weight':>9}  {'mean p_ref':>10}")
+    names = tokens.tokens or [""] * len(tokens)
+    rows = zip(tokens.ids, names, tokens.weights, tokens.reference_probability, style, strict=True)
+    for rank, (token_id, text, weight, probability, mere) in enumerate(rows, 1):
+        bar = "#" * round(20 * weight.item() / largest)
+        note = "  (style)" if mere else ""
+        print(f"{rank:>4} {token_id:>7}  {_text(text):<18} {weight:>9.5f}  {probability:>10.5f}  {bar}{note}".rstrip())
+
+
+def _print_diff(first: SafetyTokens, second: SafetyTokens, first_name: str, second_name: str) -> None:
+    mine, theirs = (tokens.provenance["tokenizer_fingerprint"] for tokens in (first, second))
+    if mine != theirs:
+        raise UserError(
+            f"'{first_name}' (tokenizer {mine[:8]}) and '{second_name}' (tokenizer {theirs[:8]}) are of different "
+            "tokenizers, so their ids mean different tokens: compare vectors of one model family."
+        )
+    sides = [_by_id(tokens) for tokens in (first, second)]
+    common = sides[0].keys() & sides[1].keys()
+    print(
+        f"{len(common)} tokens in both, {len(sides[0]) - len(common)} only in the first, "
+        f"{len(sides[1]) - len(common)} only in the second."
+    )
+    print(f"{'id':>7}  {'token':<18} {'rank':>4} {'rank':>4}  {'share':>8} {'share':>8}   (share of all weight)")
+    order = sorted(sides[0].keys() | sides[1].keys(), key=lambda i: min(s[i][0] for s in sides if i in s))
+    for token_id in order:
+        ranks = [str(side[token_id][0]) if token_id in side else "-" for side in sides]
+        shares = [f"{side[token_id][1]:.4f}" if token_id in side else "-" for side in sides]
+        text = next(side[token_id][2] for side in sides if token_id in side)
+        print(f"{token_id:>7}  {_text(text):<18} {ranks[0]:>4} {ranks[1]:>4}  {shares[0]:>8} {shares[1]:>8}")
+
+
+def _by_id(tokens: SafetyTokens) -> dict[int, tuple[int, float, str]]:
+    """id -> (rank, share of the weight, text)."""
+    shares = (tokens.weights / tokens.weights.sum()).tolist()
+    names = tokens.tokens or [""] * len(tokens)
+    return {i: (r, s, t) for r, (i, s, t) in enumerate(zip(tokens.ids.tolist(), shares, names, strict=True), 1)}
+
+
+def _plot(tokens: SafetyTokens, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 0.22 * len(tokens) + 1.2), layout="constrained")
+    # A '$' would start a formula.
+    names = [_text(text).replace("$", r"\$") for text in tokens.tokens]
+    axes.barh(range(len(tokens)), tokens.weights.tolist())
+    axes.set_yticks(range(len(tokens)), names)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlabel(
+        "weight" if tokens.provenance["method"] == "templates" else "weight (difference of mean probabilities)"
+    )
+    axes.set_title(f"Safety tokens of {tokens.provenance.get('aligned_model', 'unknown model')}")
+    with atomic_file(path) as aside:
+        figure.savefig(aside, format=path.suffix[1:], dpi=120)
+    pyplot.close(figure)
+    print(f"Plot written to {path}")
+
+
+def _print_coverage(tokens: SafetyTokens, args: argparse.Namespace) -> None:
+    from pact_tune.intervention import Answerer, coverage, load_judge
+    from pact_tune.prompts import column, read_rows
+
+    prompts = column(read_rows(args.prompts), args.prompt_column, args.prompts)
+    share, refusals = coverage(Answerer(args.model, device=args.device), tokens, prompts, load_judge(args.judge))
+    print(
+        f"Coverage: S holds {100 * share:.1f} % of the first token's probability, over {refusals} refusals "
+        f"of {len(prompts)} prompts."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["tokens", "show", *sys.argv[1:]]))
