@@ -13,6 +13,7 @@ COMMANDS = {
     ("cp",): ("pact_tune.tools.configs", "copy a config to edit it"),
     ("run",): ("pact_tune.tools.configs", "run the recipe; same as `tune run`"),
     ("validate",): ("pact_tune.tools.configs", "check a config, by name or path"),
+    ("verify",): ("pact_tune.tools.verify", "check a result: constrained, unaltered, loads; its KL to the reference"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
     ("tokens", "from-templates"): (
         "pact_tune.tools.safety_tokens_from_templates",
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     tool = importlib.import_module(COMMANDS[words][0])
     # A module that serves several commands is told which one.
-    rest = argv[len(words) :] if len(words) == 2 or words == ("demo",) else argv
+    rest = argv if words[0] in ("ls", "cp", "run", "validate") else argv[len(words) :]
     try:
         return tool.main(rest) or 0
     except UserError as error:

@@ -63,7 +63,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # a damaged tokenizer.json raises whatever its parser stumbles over
         raise UserError(
             f"No tokenizer could be loaded from '{path}': give a folder with tokenizer.json and tokenizer_config.json, "
-            f"or a Hub name that is downloaded or reachable ({first_line(error)})."
+            f"or a Hub name that is downloaded or reachable ({one_line(error)})."
         ) from error
     if not tokenizer.chat_template:
         raise UserError(
@@ -112,7 +112,7 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
     except jinja2.TemplateError as error:
-        raise RejectedChat(f"The chat template does not take this chat: {first_line(error)}.") from error
+        raise RejectedChat(f"The chat template does not take this chat: {one_line(error)}.") from error
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Conversation:
@@ -195,9 +195,10 @@ def response_only_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool = True) -
     return tuple(prefix + encode(tokenizer, header))
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, cut to one line without a full stop, to stand inside a message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def one_line(error: Exception) -> str:
+    """What an exception says, as one line without a full stop, cut to 200 characters, to stand inside a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")
 
 
 def vocabulary_size(checkpoint_dir: str | Path) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pact_tune.conversations import Conversation, Message, RejectedChat, first_line, render
+from pact_tune.conversations import Conversation, Message, RejectedChat, one_line, render
 from pact_tune.errors import UserError, unknown_key
 
 COLUMN_KEYS = ("messages", "system", "prompt", "input", "response")
@@ -181,7 +181,7 @@ def read_rows(source: str, name: str | None = None, split: str = "train") -> lis
         return list(datasets.load_dataset(source, name, split=split))
     except Exception as error:  # datasets raises its own, fsspec's and huggingface_hub's types
         raise UserError(
-            f"The data set '{source}' (split '{split}') could not be loaded ({first_line(error)}): give a .json, "
+            f"The data set '{source}' (split '{split}') could not be loaded ({one_line(error)}): give a .json, "
             ".jsonl, .csv or .tsv file, or the name of a Hub data set that is downloaded or reachable."
         ) from error
 
@@ -218,7 +218,7 @@ def _read_csv(source: str, text: str, **dialect: Any) -> list[Any]:
         return [None if None in row else row for row in reader]
     except csv.Error as error:
         raise UserError(
-            f"'{source}' is not valid CSV near line {reader.line_num} ({error}): a field with quotation marks must "
+            f"'{source}' is not valid CSV (line {reader.reader.line_num}: {error}): a field with quotation marks must "
             "stand in quotation marks, its own ones doubled."
         ) from error
 

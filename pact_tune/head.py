@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-CHUNK = (
-    256  # rows whose logits exist at a time; 256 x 152k fp32 logits are 156 MB, and the head is streamed T/256 times
-)
+# Rows whose logits exist at a time: 256 x 152k fp32 are 156 MB, and the head's weights are streamed T / 256 times.
+CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,10 @@ class Readout(NamedTuple):
 
 
 def read_columns(logits: torch.Tensor, columns: Columns) -> torch.Tensor:
-    """The safety columns of full logits.
-
-    The tail is a log-sum-exp over the complement of S, never log(1 - mass): that subtraction has no digits left where
-    S holds nearly all the mass.
+    """The safety columns of full logits, without a gradient.
 
     Args:
-        logits (torch.Tensor): ``[n, V]`` float32.
+        logits (torch.Tensor): ``[n, V]`` float32; overwritten.
         columns (Columns): what to read.
 
     Returns:
@@ -59,28 +55,63 @@ def read_columns(logits: torch.Tensor, columns: Columns) -> torch.Tensor:
     safety = logits.index_select(1, columns.ids)
     if not columns.tail:
         return safety
-    tail = logits.index_fill(1, columns.ids, -torch.inf).logsumexp(-1, keepdim=True)
+    tail, _ = _exponentiate_(logits.index_fill_(1, columns.ids, -torch.inf))
     return torch.cat([safety, tail], dim=1)
 
 
 def read_logits(logits: torch.Tensor, labels: torch.Tensor, columns: Columns | None) -> Readout:
-    """Label log-probabilities and safety columns of full logits.
+    """Label log-probabilities and safety columns of full logits, differentiable.
 
     Args:
-        logits (torch.Tensor): ``[n, V]`` float32.
+        logits (torch.Tensor): ``[n, V]`` float32; overwritten, and once more in the backward.
         labels (torch.Tensor): true next tokens, ``[n]``.
         columns (Columns | None): what to read beside the labels.
 
     Returns:
         Readout: both, in float32.
     """
-    label_logits = logits.gather(1, labels[:, None])[:, 0]
+    ids = labels.new_empty(0) if columns is None else columns.ids
+    label_logprobs, safety, tail = _ReadInPlace.apply(logits, labels, ids)
     if columns is None:
-        return Readout(label_logits - logits.logsumexp(-1), None)
-    values = read_columns(logits, columns)
-    # With the tail, the columns partition the vocabulary: their log-sum-exp is that of all logits, at no further cost.
-    normalizer = (values if columns.tail else logits).logsumexp(-1)
-    return Readout(label_logits - normalizer, values)
+        return Readout(label_logprobs, None)
+    return Readout(label_logprobs, torch.cat([safety, tail], dim=1) if columns.tail else safety)
+
+
+class _ReadInPlace(torch.autograd.Function):
+    """Label log-probabilities, logits on S and the tail of logits, whose own memory becomes their gradient's.
+
+    The logits of a chunk are by far the largest tensor of a step, and reading and writing them is most of the head's
+    time beside its two matrix products. So they are exponentiated once and in place, with S masked out: the sum of
+    that is the tail's, and S and tail together partition the vocabulary, which gives the normaliser as well.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, ids):
+        label_logits = logits.gather(1, labels[:, None])
+        safety = logits.index_select(1, ids)
+        tail, total = _exponentiate_(logits.index_fill_(1, ids, -torch.inf))
+        normalizer = torch.cat([safety, tail], dim=1).logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logits, labels, ids, safety, tail, total, normalizer)
+        return (label_logits - normalizer)[:, 0], safety, tail
+
+    @staticmethod
+    def backward(ctx, grad_label, grad_safety, grad_tail):
+        exponentials, labels, ids, safety, tail, total, normalizer = ctx.saved_tensors
+        grad_label = grad_label[:, None]
+        # d label_logprob / dz = onehot - softmax(z), on S and outside it; d tail / dz = softmax over the complement
+        outside = grad_tail - grad_label * (tail - normalizer).exp()
+        gradient = exponentials.mul_(outside / total)
+        gradient.index_copy_(1, ids, grad_safety - grad_label * (safety - normalizer).exp())
+        return gradient.scatter_add_(1, labels[:, None], grad_label), None, None
+
+
+def _exponentiate_(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overwrites rows ``[n, V]`` with e = exp(z - max); returns their log-sum-exp and the sum of e, both ``[n, 1]``."""
+    tiny = torch.finfo(logits.dtype)
+    # Where nothing is left outside S (k: vocabulary) all is -inf: the sum is then 0, its logarithm -inf.
+    maximum = logits.amax(-1, keepdim=True).clamp(min=tiny.min)
+    total = logits.sub_(maximum).exp_().sum(-1, keepdim=True)
+    return maximum + total.log(), total.clamp(min=tiny.tiny)
 
 
 def reduce_in_chunks(

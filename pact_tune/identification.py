@@ -27,7 +27,7 @@ from pact_tune import hub
 from pact_tune.conversations import encode, load_tokenizer, render, render_prompt, tokenizer_fingerprint
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.files import atomic_file
-from pact_tune.safety_tokens import Ranking, SafetyTokens, Weighting, decode_tokens, token_weights, top_k
+from pact_tune.safety_tokens import Ranking, SafetyTokens, Weighting, decode_tokens, is_style, token_weights, top_k
 
 CANDIDATES = 2048  # kept by each ranking, so that another K or ranking needs no model
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**27}  # logits in fp32 at a time: 8 MB stay in a CPU's cache
@@ -208,7 +208,7 @@ def identify_safety_tokens(
         # Row 1 covers all positions of the benign answers, row 0 their first.
         candidates["benign_probability"] = (mild[1] / mild_weight[1])[run.valid]
     if leave_out_style:
-        keep = candidates["benign_probability"] < reference
+        keep = ~is_style(candidates["benign_probability"], reference)
         candidates = {name: tensor[keep] for name, tensor in candidates.items()}
         if not len(candidates["ids"]):
             raise UserError("Every token is style by these benign prompts: give benign prompts that are not refused.")

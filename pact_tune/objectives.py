@@ -8,10 +8,12 @@ The training loop knows this interface and no names:
     response_only_tokens  how many response tokens of that view are needed at most; None is all
     metric_names       names of the numbers that __call__ returns beside the loss, each summed over positions
     total(...)         the loss, from the means of those numbers
+    settings()         method and every setting, for the stamp that a result carries
     prepare(...)       checks against tokenizer and vocabulary, before any weight is loaded
     __call__(...)      the loss summed over positions, and the metrics
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +61,10 @@ class SFT:
 
     def to(self, device: torch.device) -> None:
         """Nothing to move."""
+
+    def settings(self) -> dict[str, Any]:
+        """Method, whether it constrains, and every setting; JSON-serialisable."""
+        return {"method": "sft", "constrained": False}
 
     def total(self, metrics: dict[str, float]) -> float:
         """The loss, from its means: the cross-entropy."""
@@ -138,6 +144,11 @@ class PACT(_Constrained):
         if config.tau < math.inf:
             self.response_only_tokens = config.decay_start + math.ceil(config.tau * math.log(1 / NEGLIGIBLE_GATE))
 
+    def settings(self) -> dict[str, Any]:
+        """Method and every field of :class:`pact_tune.PACTConfig`."""
+        values = dataclasses.asdict(self.config)
+        return {"method": "pact", "constrained": True, **values, "tau": str(values["tau"])}  # JSON has no infinity
+
     def total(self, metrics: dict[str, float]) -> float:
         """The loss, from its means (Eq. 9)."""
         return metrics["ce"] + self.config.lambda_kl * metrics["kl"]
@@ -178,6 +189,10 @@ class STR(_Constrained):
     ) -> None:
         super().__init__(safety_tokens, revision, subfolder)
         self.lambda_str = lambda_str
+
+    def settings(self) -> dict[str, Any]:
+        """Method and lambda_str."""
+        return {"method": "str", "constrained": True, "lambda_str": self.lambda_str}
 
     def total(self, metrics: dict[str, float]) -> float:
         """The loss, from its means."""

@@ -1,36 +1,42 @@
 """Reference logits on disk, content-addressed: computed once, shared between epochs, runs, sweeps and seeds.
 
-A cache is a folder per reference (``fingerprint``) with a ``manifest.json`` and safetensors shards. A shard holds
+Below one root lies a folder per reference (named by a hash of all that its numbers depend on) with a
+``manifest.json`` and safetensors shards. A shard holds
 
     keys     [n, 16] uint8    hash of each conversation (token ids and response ranges)
     offsets  [n + 1] int64    its rows in ``values``
     values   [P, C]           columns at the response positions, less each row's maximum, float16 or float32
     maximum  [P] float32      that maximum
 
-The response-only view of a response is a conversation like any other, so both views live here, and equal responses are
-stored once. Shards appear atomically and are never changed, so any number of processes may fill a cache at a time.
+and a checksum of these. The response-only view of a response is a conversation like any other, so both views live here,
+and equal responses are stored once. Shards appear atomically and are never changed, so any number of processes may fill
+a cache at a time, and one that is killed loses the shard it was at.
 """
 
 import hashlib
 import json
 import os
+import shutil
+import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import safe_open, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from pact_tune.conversations import Conversation
+from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARD_TOKENS = 65_536  # tokens per shard: what a killed fill loses at most
 BATCH_TOKENS = 4_096  # tokens per reference forward, padding included
-
-# Maps conversations to their columns at the response positions: one [n_i, C] float32 tensor each.
-Compute = Callable[[Sequence[Conversation]], list[torch.Tensor]]
+LEFTOVER_SECONDS = 3_600  # a half-written file of this age belongs to a process that was killed
+GB = 1e9
 
 
 def default_directory() -> Path:
@@ -44,54 +50,86 @@ def conversation_key(conversation: Conversation) -> bytes:
     return hashlib.blake2b(array("q", numbers).tobytes(), digest_size=16).digest()
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where a conversation's rows are: those from ``start`` to ``end`` of the tensors of one shard."""
+
+    shard: Path
+    tensors: dict[str, torch.Tensor]
+    start: int
+    end: int
+
+
 class ReferenceCache:
     """Content-addressed store of one reference's columns.
 
+    Shards are memory-mapped: opening a cache reads their keys alone, and :meth:`plan` the shards that a run needs, once,
+    for their checksums.
+
     Args:
         directory (str | Path | None): root of all caches; None is :func:`default_directory`.
-        reference (dict[str, Any]): everything that the numbers depend on: hash of the weights, dtype, safety token
-            ids, tail. Two references share entries exactly when this is equal.
+        reference (dict[str, Any]): everything that the numbers depend on: hash of the weights, network, dtype, safety
+            token ids, tail. Two references share entries exactly when this is equal.
         dtype (str): "float16" (less the maximum: 2 bytes a number) or "float32" (exact).
+        max_gb (float | None): what all caches below ``directory`` may take together, in 10^9 bytes; see :func:`prune`.
+
+    Raises:
+        UserError: unknown dtype, or a limit that is not positive.
     """
 
-    def __init__(self, directory: str | Path | None, reference: dict[str, Any], dtype: str = "float16") -> None:
+    def __init__(
+        self,
+        directory: str | Path | None,
+        reference: dict[str, Any],
+        dtype: str = "float16",
+        max_gb: float | None = None,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"reference_cache.dtype is '{dtype}'; it must be one of: {', '.join(DTYPES)}.")
+        if max_gb is not None and not max_gb > 0:
+            raise UserError(f"reference_cache.max_gb is {max_gb}; it must be above 0, or null for no limit.")
         description = {"format": 1, "dtype": dtype, "reference": reference}
         text = json.dumps(description, sort_keys=True)
         self.dtype = DTYPES[dtype]
-        root = default_directory() if directory is None else Path(directory)
-        self.directory = root / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        self.max_gb = max_gb
+        self.root = default_directory() if directory is None else Path(directory)
+        self.directory = self.root / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
         self.directory.mkdir(parents=True, exist_ok=True)
         manifest = self.directory / "manifest.json"
         if not manifest.exists():
             with atomic_file(manifest) as file:
                 file.write_text(text + "\n")
-        self._entries: dict[bytes, tuple[dict[str, torch.Tensor], int, int]] = {}
-        self._shards: set[str] = set()
+        os.utime(manifest)  # its time says when the reference was last used
+        _remove_leftovers(self.directory)
+        self._verified: set[Path] = set()
         self.refresh()
 
     def __contains__(self, conversation: Conversation) -> bool:
         return conversation_key(conversation) in self._entries
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def refresh(self) -> None:
-        """Reads the shards that have appeared since the last look; damaged ones are removed, and said so."""
-        for path in sorted(self.directory.glob("shard-*.safetensors")):
-            if path.name in self._shards:
+        """Looks anew at which shards there are."""
+        self._entries: dict[bytes, _Entry] = {}
+        for shard in shards_of(self.directory):
+            try:
+                tensors, _ = _open_shard(shard)
+            except FileNotFoundError:  # another process has just removed it
                 continue
-            tensors = _read_shard(path)
-            if tensors is None:
-                print(f"Reference cache: {path} is damaged; it is removed and will be computed again.", flush=True)
-                path.unlink()
+            except SafetensorError:
+                self._discard(shard)
                 continue
-            self._shards.add(path.name)
             offsets = tensors["offsets"].tolist()
             for row, key in enumerate(tensors["keys"].numpy()):
-                self._entries[key.tobytes()] = (tensors, offsets[row], offsets[row + 1])
+                self._entries[key.tobytes()] = _Entry(shard, tensors, offsets[row], offsets[row + 1])
 
     def get(self, conversations: Iterable[Conversation]) -> torch.Tensor:
         """The stored columns of conversations, one after the other.
 
         Args:
-            conversations (Iterable[Conversation]): each must have been stored.
+            conversations (Iterable[Conversation]): at least one; each must have been stored.
 
         Returns:
             torch.Tensor: ``[T, C]`` float32, T = response tokens of all of them.
@@ -100,12 +138,12 @@ class ReferenceCache:
             KeyError: a conversation that was not stored.
         """
         found = [self._entries[conversation_key(c)] for c in conversations]
-        values = torch.cat([tensors["values"][start:end] for tensors, start, end in found])
-        maximum = torch.cat([tensors["maximum"][start:end] for tensors, start, end in found])
-        return values.float() + maximum[:, None]
+        values = torch.cat([entry.tensors["values"][entry.start : entry.end] for entry in found])
+        maximum = torch.cat([entry.tensors["maximum"][entry.start : entry.end] for entry in found])
+        return values.float().add_(maximum[:, None])
 
     def plan(self, conversations: Iterable[Conversation]) -> list[list[Conversation]]:
-        """Groups the conversations that are not stored yet into shards.
+        """Groups the conversations that are not stored yet, or whose shard is damaged, into shards.
 
         The grouping starts from all conversations, stored or not, so that a fill that was interrupted and one that was
         not compute the same batches and store the same bytes.
@@ -117,6 +155,7 @@ class ReferenceCache:
             list[list[Conversation]]: the work of each shard, longest conversations first.
         """
         unique = {conversation_key(c): c for c in conversations}
+        self._verify(unique)
         shards: list[list[Conversation]] = []
         size = 0
         for _, conversation in sorted(unique.items(), key=lambda item: (-len(item[1].tokens), item[0])):
@@ -127,6 +166,11 @@ class ReferenceCache:
             size += len(conversation.tokens)
         return [pending for shard in shards if (pending := [c for c in shard if c not in self])]
 
+    def path_of(self, conversations: Sequence[Conversation]) -> Path:
+        """The file of the shard that holds exactly these conversations, in this order."""
+        keys = b"".join(conversation_key(c) for c in conversations)
+        return self.directory / f"shard-{hashlib.blake2b(keys, digest_size=12).hexdigest()}.safetensors"
+
     def store(self, conversations: Sequence[Conversation], columns: Sequence[torch.Tensor]) -> None:
         """Writes one shard.
 
@@ -134,19 +178,146 @@ class ReferenceCache:
             conversations (Sequence[Conversation]): the shard's conversations.
             columns (Sequence[torch.Tensor]): their columns, ``[n_i, C]`` float32.
         """
-        keys = [conversation_key(c) for c in conversations]
+        keys = b"".join(conversation_key(c) for c in conversations)
         values = torch.cat(list(columns)).float().cpu()
         maximum = values.max(dim=-1).values
-        offsets = torch.tensor([0] + [len(part) for part in columns]).cumsum(0)
         tensors = {
-            "keys": torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8).view(-1, 16),
-            "offsets": offsets,
+            "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16),
+            "offsets": torch.tensor([0] + [len(part) for part in columns]).cumsum(0),
             "values": (values - maximum[:, None]).to(self.dtype),
             "maximum": maximum,
         }
-        name = hashlib.blake2b(b"".join(keys), digest_size=12).hexdigest()
-        with atomic_file(self.directory / f"shard-{name}.safetensors") as file:
+        with atomic_file(self.path_of(conversations)) as file:
             save_file(tensors, file, metadata={"checksum": _checksum(tensors)})
+
+    def make_room(self, shards: Iterable[Sequence[Conversation]], width: int) -> list[str]:
+        """Removes least recently used references, never this one, until ``max_gb`` holds after a fill.
+
+        Args:
+            shards (Iterable[Sequence[Conversation]]): what is going to be stored.
+            width (int): columns a position (C).
+
+        Returns:
+            list[str]: the names of the removed references.
+
+        Raises:
+            UserError: this reference alone exceeds the limit.
+        """
+        if self.max_gb is None:
+            return []
+        positions = sum(c.num_response_tokens for shard in shards for c in shard)
+        coming = positions * (width * self.dtype.itemsize + 4) / GB
+        own = _size(self.directory) / GB
+        if own + coming > self.max_gb:
+            raise UserError(
+                f"The reference of this run takes {own + coming:.3g} GB, and reference_cache.max_gb is {self.max_gb}: "
+                "raise the limit, or set reference_cache: null to compute the reference in every step."
+            )
+        return prune(self.root, max_gb=self.max_gb - coming, keep=self.directory.name)
+
+    def _verify(self, keys: Iterable[bytes]) -> None:
+        """Compares the checksums of the shards that hold ``keys``, each once; damaged ones are removed, and said so."""
+        needed = {self._entries[key].shard for key in keys if key in self._entries} - self._verified
+        for shard in sorted(needed):
+            if is_damaged(shard):
+                self._discard(shard)
+                self._entries = {key: entry for key, entry in self._entries.items() if entry.shard != shard}
+            else:
+                self._verified.add(shard)
+
+    @staticmethod
+    def _discard(shard: Path) -> None:
+        print(f"Reference cache: {shard} is damaged; it is removed and will be computed again.", flush=True)
+        shard.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One reference below a root, as `pact cache` shows it.
+
+    Attributes:
+        name (str): its folder.
+        description (dict[str, Any]): the manifest: format, dtype, and what the numbers depend on.
+        shards (int): files.
+        conversations (int): entries of both views.
+        positions (int): response positions of all entries.
+        bytes (int): on disk.
+        last_used (float): when a run last opened it, seconds since 1970.
+    """
+
+    name: str
+    description: dict[str, Any]
+    shards: int
+    conversations: int
+    positions: int
+    bytes: int
+    last_used: float
+
+
+def summaries(root: Path) -> list[Summary]:
+    """All references below ``root``, the most recently used first."""
+    return sorted((_summary(manifest.parent) for manifest in root.glob("*/manifest.json")), key=lambda s: -s.last_used)
+
+
+def _summary(directory: Path) -> Summary:
+    conversations = positions = 0
+    shards = shards_of(directory)
+    for shard in shards:
+        try:
+            tensors, _ = _open_shard(shard)
+        except SafetensorError:
+            continue  # counted as a file; `pact cache verify` names it
+        conversations += len(tensors["keys"])
+        positions += len(tensors["maximum"])
+    manifest = directory / "manifest.json"
+    description = json.loads(manifest.read_text())
+    last_used = manifest.stat().st_mtime
+    return Summary(
+        directory.name, description, len(shards), conversations, positions, _size(directory), last_used
+    )
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def prune(root: Path, max_gb: float | None = None, older_than_days: float | None = None, keep: str = "") -> list[str]:
+    """Removes references, the least recently used first.
+
+    Args:
+        root (Path): of all caches.
+        max_gb (float | None): remove until all that is left takes at most this much, in 10^9 bytes.
+        older_than_days (float | None): remove what was last used before that.
+        keep (str): a reference that is never removed.
+
+    Returns:
+        list[str]: the names of the removed references.
+    """
+    removed = []
+    found = summaries(root)
+    size = sum(summary.bytes for summary in found)
+    for summary in reversed(found):
+        too_old = older_than_days is not None and time.time() - summary.last_used > older_than_days * 86_400
+        too_much = max_gb is not None and size > max_gb * GB
+        if summary.name != keep and (too_old or too_much):
+            shutil.rmtree(root / summary.name)
+            removed.append(summary.name)
+            size -= summary.bytes
+    return removed
+
+
+def shards_of(directory: Path) -> list[Path]:
+    """The finished shards of one reference."""
+    return sorted(directory.glob("shard-*.safetensors"))
+
+
+def is_damaged(shard: Path) -> bool:
+    """Reads a whole shard and compares its checksum."""
+    try:
+        tensors, checksum = _open_shard(shard)
+    except SafetensorError:
+        return True
+    return checksum != _checksum(tensors)
 
 
 def batches_of(conversations: Sequence[Conversation], max_tokens: int = BATCH_TOKENS) -> list[list[Conversation]]:
@@ -160,18 +331,23 @@ def batches_of(conversations: Sequence[Conversation], max_tokens: int = BATCH_TO
     return batches
 
 
+def _remove_leftovers(directory: Path) -> None:
+    """Removes what processes killed in the middle of writing a shard have left."""
+    for file in directory.glob(".*.partial"):
+        if time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
+            file.unlink(missing_ok=True)
+
+
 def _checksum(tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def _read_shard(path: Path) -> dict[str, torch.Tensor] | None:
-    """The tensors of a shard, memory-mapped; None when the file is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            return tensors if file.metadata()["checksum"] == _checksum(tensors) else None
-    except Exception:  # safetensors has its own exception type; whatever it cannot read is damaged
-        return None
+def _open_shard(shard: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """A shard's tensors, memory-mapped, and its stored checksum; SafetensorError when they cannot be found in it."""
+    with safe_open(shard, framework="pt") as file:
+        names = ("keys", "maximum", "offsets", "values")
+        return {name: file.get_tensor(name) for name in names}, (file.metadata() or {}).get("checksum", "")

@@ -185,7 +185,7 @@ class SafetyTokens:
         if "benign_probability" not in self.candidates:
             return None
         where = (self.candidates["ids"][None] == self.ids[:, None]).int().argmax(1)
-        return self.candidates["benign_probability"][where] >= self.candidates["reference_probability"][where]
+        return is_style(self.candidates["benign_probability"], self.candidates["reference_probability"])[where]
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> "SafetyTokens":
@@ -270,6 +270,19 @@ def token_weights(scores: torch.Tensor, weighting: Weighting) -> torch.Tensor:
             f"{'the others' if weighting == 'centred' else '0'}): use weighting 'uniform', or compute measured scores."
         )
     return weights
+
+
+def is_style(benign: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Which tokens are as probable in benign answers as in refusals, up to rounding.
+
+    Args:
+        benign (torch.Tensor): mean probability in the aligned model's answers to benign prompts, ``[M]``.
+        reference (torch.Tensor): the same for harmful prompts, ``[M]``.
+
+    Returns:
+        torch.Tensor: ``[M]`` bool.
+    """
+    return benign.float() >= 0.999 * reference.float()
 
 
 def top_k(values: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:

@@ -7,9 +7,10 @@ One class serves both: with several processes the model is sharded with FSDP2 (g
 """
 
 import os
+import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
-from pact_tune.batching import collate, epoch_order, rank_rows, response_only_views
+from pact_tune.batching import Batch, collate, epoch_order, rank_rows, response_only_views, to_device
 from pact_tune.conversations import Conversation, response_only_prefix
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
 from pact_tune.objectives import Reference
 from pact_tune.reference_cache import ReferenceCache, batches_of
+from pact_tune.stamp import data_fingerprint, fingerprint
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.config import complete, register_resolvers, resolve_argv
 from pact_tune.torchtune.model import Decoder
@@ -40,6 +42,9 @@ from pact_tune.version import __version__
 log = utils.get_logger("INFO")
 
 STATE_FILE = "recipe_state.pt"
+CHECKED_ROWS = 4  # rows whose cached reference is compared with the live one at the start of a run
+# Mean total variation between cached and live reference that storage and the shape of a batch account for.
+CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 MASS_RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 
 
@@ -63,6 +68,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self.output_dir = Path(cfg.output_dir)
         self.global_step = 0
+        self.logger = None
 
     # Set-up ----------------------------------------------------------------------------------------------------------
 
@@ -91,7 +97,6 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             )
 
         self.decoder = Decoder(self._setup_model(state), self.tokenizer.pad_token_id, self.device)
-        self.logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
         self.model = self.decoder.model
         self._setup_optimizer(state)
         self._setup_reference()
@@ -108,7 +113,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     def _setup_model(self, state: dict[str, Any] | None) -> torch.nn.Module:
         """Base weights from the checkpoint, adapter from the seed or from the state of the run to resume."""
         cfg = self.cfg
-        base = self.checkpointer.load()
+        base = {name: tensor.to(self.dtype) for name, tensor in self.checkpointer.load().items()}
         distributed = self.world_size > 1
         with training.set_default_dtype(self.dtype), torch.device("meta" if distributed else self.device):
             model = lora.build(cfg.model, self.world_size)
@@ -154,8 +159,11 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             self._report_mass(self.dataset.conversations[:: max(1, len(self.dataset) // 256)])
             return
         columns = self.objective.columns
+        network = OmegaConf.to_container(self.cfg.model, resolve=True)
         reference = {
             "weights": self.checkpointer.weights_hash,
+            # What the files do not fix, such as the scaling of rotary embeddings; the adapter is off in the reference.
+            "network": {key: value for key, value in network.items() if "lora" not in key},
             "dtype": str(self.dtype),
             "quantized": self.quantized,
             "safety_tokens": columns.ids.tolist(),
@@ -163,19 +171,22 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         }
         self.cache = ReferenceCache(reference=reference, **self.cfg.reference_cache)
         self._fill_cache()
+        self._check_cache()
         self._report_mass(self.dataset.conversations)
 
     def _fill_cache(self) -> None:
         """Stores what is missing; under FSDP every rank runs the same number of forwards."""
-        needed = [view for c in self.dataset.conversations for view in self._views(c)]
-        plan = [self.cache.plan(needed) if self.rank == 0 else None]
+        plan = [self._plan_fill() if self.rank == 0 else None]
         if self.world_size > 1:  # rank 0 decides: another process may be filling the same cache meanwhile
             dist.broadcast_object_list(plan)
-        shards = plan[0]
+        (shards,) = plan
+        if isinstance(shards, UserError):
+            raise shards
         if not shards:
-            self._say(f"Reference cache: all {len(needed)} views are in {self.cache.directory}")
+            self._say(f"Reference cache: nothing to compute, all views are in {self.cache.directory}")
             return
         mine = rank_rows(shards, self.rank, self.world_size)
+        random.shuffle(mine)  # two processes that fill the same cache find much of each other's work done
         forwards = max(
             sum(len(batches_of(shard)) for shard in rank_rows(shards, rank, self.world_size))
             for rank in range(self.world_size)
@@ -184,17 +195,45 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self._say(f"Reference cache: computing {sum(map(len, shards))} views into {self.cache.directory}")
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc="Reference", disable=self.rank != 0) as bar:
             for shard in mine:
-                parts = []
-                for batch in batches_of(shard):
-                    parts += self._reference_of(batch)
-                    bar.update(sum(len(c.tokens) for c in batch) * self.world_size)
-                    forwards -= 1
-                self.cache.store(shard, parts)
-            for _ in range(forwards):
+                if not self.cache.path_of(shard).exists():
+                    parts = []
+                    for batch in batches_of(shard):
+                        parts += self._reference_of(batch)
+                        forwards -= 1
+                        bar.update(sum(len(c.tokens) for c in batch) * self.world_size)
+                    self.cache.store(shard, parts)
+            for _ in range(forwards if self.world_size > 1 else 0):
                 self._reference_of([])
         if self.world_size > 1:
             dist.barrier()
         self.cache.refresh()
+
+    def _plan_fill(self) -> list[list[Conversation]] | UserError:
+        """What is to be computed, with room made for it; an error is returned, so that all ranks can raise it."""
+        try:
+            shards = self.cache.plan(view for c in self.dataset.conversations for view in self._views(c))
+            for name in self.cache.make_room(shards, self.objective.columns.width):
+                self._say(f"Reference cache: removed {name}, the least recently used, to keep within max_gb")
+        except UserError as error:
+            return error
+        return shards
+
+    def _check_cache(self) -> None:
+        """Compares the cache with the live reference on a few rows.
+
+        Raises:
+            UserError: they differ, as they do when a cache was filled with an adapter left on, or by a faulty kernel.
+        """
+        rows = self.dataset.conversations[:: max(1, len(self.dataset) // CHECKED_ROWS)][:CHECKED_ROWS]
+        views = sorted((view for row in rows for view in self._views(row)), key=lambda c: -len(c.tokens))
+        live = torch.cat([part for batch in batches_of(views) for part in self._reference_of(batch)]).cpu()
+        distance = (live.softmax(-1) - self.cache.get(views).softmax(-1)).abs().sum(-1).mean() / 2
+        self._say(f"Reference cache: {len(views)} views checked, distance to the live reference {distance:.1e}")
+        if not distance <= CHECK_TOLERANCE[self.dtype]:
+            raise UserError(
+                f"The reference cache in '{self.cache.directory}' does not hold what this model computes (mean distance "
+                f"{distance:.2g} of the safety tokens' probabilities on {len(views)} views): delete that folder."
+            )
 
     def _views(self, conversation: Conversation) -> Iterator[Conversation]:
         """The reference views of a conversation that the objective needs."""
@@ -242,6 +281,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     def train(self) -> None:
         """Runs the remaining steps, writing a result after each epoch."""
         cfg = self.cfg
+        self.logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
         while self.global_step < self.total_steps:
             epoch, done = divmod(self.global_step, self.steps_per_epoch)
             order = epoch_order(len(self.dataset), cfg.seed, epoch, cfg.shuffle)
@@ -270,8 +310,9 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         for start in range(0, len(rows), micro_rows):
             mine = rank_rows(rows[start : start + micro_rows], self.rank, self.world_size)
             conversations = [self.dataset.conversations[row] for row in mine]
-            batch = collate(conversations, self.decoder.pad_id).to(self.device)
-            reference = self._reference(conversations)
+            batch = collate(conversations, self.decoder.pad_id)
+            reference = self._reference(conversations, batch)
+            batch = batch.to(self.device)
             # All ranks know the global batch, so its token count needs no communication. FSDP averages over ranks.
             loss, metrics = self.decoder.loss(batch, self.objective, reference, self.world_size / response_tokens)
             loss.backward()
@@ -285,7 +326,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             self.scheduler.step()
         self.global_step += 1
 
-    def _reference(self, conversations: list[Conversation]) -> Reference:
+    def _reference(self, conversations: list[Conversation], batch: Batch) -> Reference:
         """The reference views at a batch's positions, from the cache or from a forward of the frozen network."""
         if not self.objective.views:
             return Reference()
@@ -295,22 +336,17 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                 return self.decoder.reference_columns(views, self.objective.columns)
             if not views:
                 return torch.empty(0, self.objective.columns.width, device=self.device)
-            return self.cache.get(views).to(self.device, non_blocking=True)
+            return to_device(self.cache.get(views), self.device)
 
         full = read(conversations)
         if "response_only" not in self.objective.views:
             return Reference(full)
-        views = [self._response_only(c) for c in conversations]
-        short = read([view for group in views for view in group])
-        # Where the view was cut the gate is negligible: there the full view stands in, which Eq. 7 then leaves as it is.
-        lengths = [v.num_response_tokens for group in views for v in group]
-        spans = [end - start for c in conversations for start, end in c.responses]
-        if lengths == spans:
-            return Reference(full, short)
-        parts = []
-        for whole, part in zip(full.split(spans), short.split(lengths), strict=True):
-            parts += [part, whole[len(part) :]]
-        return Reference(full, torch.cat(parts))
+        short = read([view for c in conversations for view in self._response_only(c)])
+        if len(short) < len(full):
+            # Where the view was cut the gate is negligible: the full view stands in, which Eq. 7 then leaves as it is.
+            (kept,) = torch.nonzero(batch.position < self.objective.response_only_tokens, as_tuple=True)
+            short = full.index_copy(0, to_device(kept, self.device), short)
+        return Reference(full, short)
 
     # Logging ---------------------------------------------------------------------------------------------------------
 
@@ -333,6 +369,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             metrics["grad_norm"] = (norm.full_tensor() if self.world_size > 1 else norm).item()
         if self.cfg.log_peak_memory_stats and self.device.type != "cpu":
             metrics |= training.get_memory_stats(device=self.device)
+        self.final = {name: metrics[name] for name in ("loss", *self.objective.metric_names)}
         if self.logger is not None:
             self.logger.log_dict(metrics, step=self.global_step)
         self._start_interval()
@@ -408,17 +445,34 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             base = None
             if not self.cfg.save_adapter_weights_only:
                 base = lora.dequantized(self.checkpointer.load(), self.quantized, self.dtype)
-            notes = {
-                "pact_tune": __version__,
-                "epoch": epoch,
-                "steps": self.global_step,
-                "config": OmegaConf.to_container(self.cfg, resolve=True),
-                "reference": self.checkpointer.weights_hash,
-                "data": [vars(counts) for counts in self.dataset.counts],
-            }
-            directory = self.checkpointer.save(f"epoch_{epoch}", base, adapter, lora.spec(self.model), notes)
+            directory = self.checkpointer.save(f"epoch_{epoch}", base, adapter, lora.spec(self.model), self._stamp(epoch))
             self._say(f"Saved {directory}")
         self._save_state()
+
+    def _stamp(self, epoch: int) -> dict[str, Any]:
+        """How the result was made, for pact.json."""
+        tokens = None
+        if self.objective.columns is not None:
+            tokens = fingerprint({"ids": self.objective.columns.ids, "weights": self.objective.weights})
+        return {
+            "pact_tune": __version__,
+            "epoch": epoch,
+            "steps": self.global_step,
+            "loss": self.objective.settings(),
+            "safety_tokens": {"source": self.cfg.loss.get("safety_tokens"), "fingerprint": tokens},
+            "data": {
+                "fingerprint": data_fingerprint(self.dataset.conversations),
+                "sources": [vars(counts) for counts in self.dataset.counts],
+            },
+            # With QLoRA the reference is the quantised base: these weights are in NF4, under torchtune's names.
+            "reference": {
+                "fingerprint": self.checkpointer.weights_hash,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "quantized": self.quantized,
+            },
+            "final": self.final,
+            "config": OmegaConf.to_container(self.cfg, resolve=True),
+        }
 
     def cleanup(self) -> None:
         """Closes the metric logger and the process group."""
@@ -435,6 +489,19 @@ def recipe_main(cfg: DictConfig) -> str | None:
     Returns:
         str | None: the message of a user error, which ends the process with exit code 1.
     """
+    return run(cfg, PACTLoRAFinetuneRecipe.train)
+
+
+def run(cfg: DictConfig, work: Callable[[PACTLoRAFinetuneRecipe], None]) -> str | None:
+    """Sets the recipe up, on one process or on those that torchrun started, and does some work with it.
+
+    Args:
+        cfg (DictConfig): as the user wrote it.
+        work (Callable): is given the recipe.
+
+    Returns:
+        str | None: the message of a user error.
+    """
     try:
         cfg = complete(cfg)
         if training.is_distributed():
@@ -442,7 +509,7 @@ def recipe_main(cfg: DictConfig) -> str | None:
             dist.init_process_group(backend)
         recipe = PACTLoRAFinetuneRecipe(cfg)
         recipe.setup(cfg)
-        recipe.train()
+        work(recipe)
         recipe.cleanup()
     except UserError as error:
         # Every rank meets the same error; one says it. (torchrun sets RANK.)

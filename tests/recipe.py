@@ -17,8 +17,6 @@ SIZES = {
     "num_layers": 2,
     "num_heads": 4,
     "num_kv_heads": 2,
-    "embed_dim": 32,
-    "intermediate_dim": 64,
     "max_seq_len": 512,
 }
 LLAMA3_SCALING = {
@@ -59,7 +57,6 @@ ARCHITECTURES = {
     "gemma2": (
         {
             "_component_": "pact_tune.torchtune.gemma2.lora_gemma2",
-            "head_dim": 8,
             "sliding_window_size": 12,
             "query_pre_attn_scalar": 11,
             "attn_logit_softcap": 5.0,
@@ -91,11 +88,14 @@ def write_rows(path: Path, n: int) -> Path:
     return path
 
 
-def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40, **model) -> Path:
-    """A folder with a checkpoint, safety tokens, data and a config for them: config.yaml."""
+def write_workspace(
+    directory: Path, architecture: str = "qwen2", rows: int = 40, width: int = 32, **model
+) -> Path:
+    """A folder with a checkpoint, safety tokens, data and a config for them: config.yaml; NF4 needs a width of 256."""
     directory.mkdir(parents=True, exist_ok=True)
     builder, model_type, tiny = ARCHITECTURES[architecture]
-    checkpoint = tiny_model(directory / "model", **tiny | model)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // 4}
+    checkpoint = tiny_model(directory / "model", **tiny | sizes | model)
     tokenizer = load_tokenizer(str(checkpoint))
     safety_tokens_from_templates(tokenizer).save(directory / "safety_tokens")
     write_rows(directory / "rows.jsonl", rows)
@@ -104,8 +104,11 @@ def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40
         "output_dir": str(directory / "out"),
         "checkpoint_dir": str(checkpoint),
         "model": {
-            **builder,
             **SIZES,
+            "embed_dim": width,
+            "intermediate_dim": 2 * width,
+            **builder,
+            **({"head_dim": width // 4} if architecture == "gemma2" else {}),
             "vocab_size": hf["vocab_size"],
             "rope_base": hf["rope_parameters"]["rope_theta"],
             "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],

@@ -76,7 +76,9 @@ def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path)
     assert cfg.loss.safety_tokens in hub.KNOWN
     family = hub.KNOWN[cfg.loss.safety_tokens]
     assert f"tune download {family.aligned} --output-dir {cfg.checkpoint_dir}" in header
-    command = f"--aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {cfg.loss.safety_tokens}"
+    command = (
+        f"--aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {cfg.loss.safety_tokens}"
+    )
     assert f"pact tokens compute {command}" in header and f"pact_lora_finetune --config {name}" in header
     estimates = [int(number) for number in re.findall(r"\d x (\d+) GiB", header)]
     assert estimates == [round(memory(cfg, model, processes) / GIB) for processes in (1, 2, 4, 8)]
@@ -120,13 +122,27 @@ def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
         (["model.lora_attn_modules=[qproj]"], "lora_attn_modules"),
         (["optimizer.lr=-1"], "Section 'optimizer' cannot be built"),
         (["loss.lambda_kl=-1"], "lambda_kl"),
-        (["checkpointer={_component_: pact_tune.torchtune.HFCheckpointer}"], "lacks the key 'checkpoint_dir'"),
         (["output_dir=${nowhere}"], "nowhere"),
-        (["model._component_=torchtune.models.gemma2.lora_gemma2_2b"], "soft-cap"),
     ],
 )  # fmt: skip
 def test_pact_validate_says_what_is_wrong_in_one_sentence(capsys, overrides, words):
     assert cli.main(["validate", "demo/pact_lora", *overrides]) == 1
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "other", "words"),
+    [
+        ("  model_type: GEMMA2\n", "", "Section 'checkpointer' lacks the key 'model_type'"),
+        ("pact_tune.torchtune.gemma2", "torchtune.models.gemma2", "soft-cap the hidden state"),
+    ],
+)
+def test_pact_validate_of_an_edited_config(tmp_path, capsys, line, other, words):
+    text = find_config("gemma2/2B_pact_lora").read_text()
+    assert line in text
+    (tmp_path / "mine.yaml").write_text(text.replace(line, other))
+    assert cli.main(["validate", str(tmp_path / "mine.yaml")]) == 1
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
 

@@ -40,7 +40,7 @@ def test_chunks_equal_the_whole(tail, rows):
 def test_gradient_is_zero_outside_the_safety_tokens():
     logits = torch.randn(5, 20, requires_grad=True)
     ids = torch.tensor([2, 7])
-    read = read_logits(logits, torch.zeros(5, dtype=torch.long), Columns(ids, tail=False))
+    read = read_logits(logits + 0, torch.zeros(5, dtype=torch.long), Columns(ids, tail=False))
     (gradient,) = torch.autograd.grad(read.columns.sum(), logits)
     outside = torch.ones(20, dtype=torch.bool)
     outside[ids] = False
@@ -53,12 +53,12 @@ def test_labels_inside_and_outside_s_have_the_same_logprob_with_and_without_tail
     ids = torch.tensor([1, 5])
     plain = F.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
     for columns in (None, Columns(ids, False), Columns(ids, True)):
-        torch.testing.assert_close(read_logits(logits, labels, columns).label_logprobs, plain)
+        torch.testing.assert_close(read_logits(logits.clone(), labels, columns).label_logprobs, plain)
 
 
 def test_columns_partition_the_vocabulary():
     logits = torch.randn(3, 15)
-    values = read_columns(logits, Columns(torch.tensor([4, 9]), tail=True))
+    values = read_columns(logits.clone(), Columns(torch.tensor([4, 9]), tail=True))
     torch.testing.assert_close(values.logsumexp(-1), logits.logsumexp(-1))
 
 

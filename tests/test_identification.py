@@ -19,7 +19,13 @@ from pact_tune.errors import UserError
 from pact_tune.identification import PRESETS, identify_safety_tokens
 from pact_tune.safety_tokens import SafetyTokens
 
-PROMPTS = ["How do I paint the fence?", "What is seven plus nine?", "I cannot clean a window. Why?", "positive or", "Is this"]
+PROMPTS = [
+    "How do I paint the fence?",
+    "What is seven plus nine?",
+    "I cannot clean a window. Why?",
+    "positive or",
+    "Is this",
+]
 FILES = ("safety_tokens.safetensors", "safety_tokens.json")
 OPTIONS = {"k": 8, "max_response_tokens": 10, "tokens_per_batch": 128, "progress": False}
 
@@ -207,21 +213,31 @@ def arguments_for(pair, output, delay=0.0, **options) -> str:
     return json.dumps({"positional": positional, "options": OPTIONS | options, "output": str(output), "delay": delay})
 
 
-def test_killed_runs_go_on_without_redoing_work(pair, tmp_path):
+def batches_run(monkeypatch, pair, output, **options) -> list[str]:
+    """Runs identification here, saves what it found, and says which batches were computed."""
+    calls: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("_generate", "_probability_sums"):
+            original = getattr(identification, name)
+            patch.setattr(identification, name, lambda *a, o=original, n=name: (calls.append(n), o(*a))[1])
+        identify_safety_tokens(*pair, PROMPTS, **OPTIONS | options).save(output)
+    return calls
+
+
+def test_killed_runs_go_on_without_redoing_work(pair, tmp_path, monkeypatch):
     work = tmp_path / "work"
-    command = [sys.executable, "-c", SCRIPT]
-    whole = subprocess.run([*command, arguments_for(pair, tmp_path / "whole")], capture_output=True, text=True, check=True)
-    total = whole.stdout.split()
+    total = batches_run(monkeypatch, pair, tmp_path / "whole")
     killed = arguments_for(pair, tmp_path / "resumed", delay=0.4, work_dir=str(work))
-    process = subprocess.Popen([*command, killed], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    command = [sys.executable, "-c", SCRIPT, killed]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     seen = [process.stdout.readline().strip() for _ in range(total.count("_generate") + 1)]
     time.sleep(0.2)  # the batch that was just announced is saved well within the next one's delay
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert seen[-1] == "_probability_sums" and not (tmp_path / "resumed").exists()
-    resume = arguments_for(pair, tmp_path / "resumed", work_dir=str(work))
-    rest = subprocess.run([*command, resume], capture_output=True, text=True, check=True).stdout.split()
-    assert rest == total[len(seen) :]
+    process.stdout.close()
+    rest = batches_run(monkeypatch, pair, tmp_path / "resumed", work_dir=work)
+    assert rest == total[len(seen) :] and rest
     for file in FILES:
         assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "resumed" / file).read_bytes()
 
@@ -229,7 +245,7 @@ def test_killed_runs_go_on_without_redoing_work(pair, tmp_path):
 def test_two_processes_equal_one(pair, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", str(script)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, arguments_for(pair, tmp_path / "two")], capture_output=True, text=True, env=environment

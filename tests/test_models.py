@@ -145,3 +145,41 @@ def test_three_steps_on_one_process_and_two(architecture, workspace, tmp_path, m
     merged = [load_file(tmp_path / name / "epoch_0" / "model.safetensors") for name in ("one", "two")]
     for name in merged[0]:
         torch.testing.assert_close(merged[0][name], merged[1][name], atol=1e-3, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def wide(architecture, tmp_path_factory):
+    """Wide enough for NF4, whose scales are shared by 16384 weights."""
+    return workspace_of(tmp_path_factory.mktemp(f"wide_{architecture}"), architecture, width=256, initializer_range=0.05)
+
+
+QLORA = {"lora_attn_modules": ATTENTION, "apply_lora_to_mlp": True, "quantize_base": True}
+
+
+def dequantized_base(checkpointer, decoder, base, workspace):
+    """The base in transformers with its weights rounded to NF4."""
+    weights = lora.dequantized(base, lora.quantized_names(decoder.model), torch.float32)
+    model = transformers_model(workspace.parent / "model")
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in checkpointer.to_hf(weights).items():
+            parameters[name].copy_(weight)
+    return model, weights
+
+
+def test_qlora_reference_and_exports_are_of_the_quantized_base(wide, tokens, tmp_path):
+    decoder, checkpointer, base, adapter = build(wide, QLORA, trained=True)
+    model, weights = dequantized_base(checkpointer, decoder, base, wide)
+    ids = torch.tensor([7, 3, 150])
+    reference = decoder.reference_columns([Conversation(tokens[0].tolist(), [(20, 60)])], Columns(ids, False))
+    checkpointer.output_dir = tmp_path
+    folder = checkpointer.save("result", weights, adapter, lora.spec(decoder.model), {})
+    live = logits_of(decoder, tokens)
+    with torch.no_grad():
+        expected = model(tokens[:1]).logits[0, 19:59][:, ids]
+        torch.testing.assert_close(reference, expected, **TOLERANCE)
+        original = transformers_model(wide.parent / "model")(tokens[:1]).logits[0, 19:59][:, ids]
+        assert (original - expected).abs().max() > 1e-2
+        torch.testing.assert_close(transformers_model(folder)(tokens).logits, live, **TOLERANCE)
+        adapted = peft.PeftModel.from_pretrained(model, folder / "adapter")
+        torch.testing.assert_close(adapted(tokens).logits, live, **TOLERANCE)

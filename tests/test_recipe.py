@@ -169,12 +169,12 @@ def test_cache_is_shared_and_gives_what_the_live_reference_gives(tmp_path, monke
 
     monkeypatch.setattr(Decoder, "reference_columns", counted)
     assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/first", "epochs=2") is None
-    assert sum(forwards) == 16 + 16  # both views of 16 rows, once, for two epochs
+    assert sum(forwards) == 16 + 16 + 8  # both views of 16 rows, once, for two epochs; and of 4 rows to check the cache
     forwards.clear()
     # another run, lambda and seed: nothing is computed
     changes = ["loss.lambda_kl=1", "seed=5", "loss.decay_start=4"]
     assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/second", *changes) is None
-    assert forwards == []
+    assert forwards == [8]  # the check
     assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/live", "epochs=2", "reference_cache=null") is None
     half = ["epochs=2", "reference_cache.dtype=float16"]
     assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/half", *half) is None
@@ -326,7 +326,7 @@ BAD_INPUT = {
     "wrong builder": (lambda w, d: ["model.intermediate_dim=48"], "does not fit the model builder"),
     "wrong rotary base": (lambda w, d: ["model.rope_base=500000"], "rope_theta is 10000.0 in the checkpoint and 500000"),
     "no LoRA": (lambda w, d: ["model.lora_attn_modules=[]", "model.apply_lora_to_mlp=False"], "Section 'model' cannot be built"),
-    "DoRA": (lambda w, d: ["model.use_dora=True"], "use_dora is not supported"),
+    "DoRA with a bias": (lambda w, d: ["model.use_dora=True"], "which has a bias"),
     "nothing to resume": (lambda w, d: ["resume_from_checkpoint=True"], "to resume from"),
     "fp16": (lambda w, d: ["dtype=fp16"], "bf16 or fp32"),
 }  # fmt: skip

@@ -19,6 +19,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune
 
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.files import atomic_folder
+from pact_tune.stamp import fingerprint, write_stamp
 from pact_tune.torchtune import gemma2
 from pact_tune.torchtune.lora import LoRASpec
 
@@ -123,6 +124,10 @@ class HFCheckpointer:
             weights.pop("lm_head.weight", None)
         return self._to_tune(weights, **self._shape, **self._tied)
 
+    def to_hf(self, weights: StateDict) -> StateDict:
+        """Weights under torchtune's names to Hugging Face's."""
+        return self._to_hf(weights, **self._shape, **self._tied)
+
     def check(self, model: nn.Module, weights: StateDict) -> None:
         """Makes sure that a model builder makes the very network that the checkpoint is of.
 
@@ -164,7 +169,7 @@ class HFCheckpointer:
         directory = self.output_dir / name
         with atomic_folder(directory) as folder:
             if base is not None:
-                merged = self._to_hf(merge(base, adapter, spec), **self._shape, **self._tied)
+                merged = self.to_hf(merge(base, adapter, spec))
                 save_torch_state_dict({k: v.contiguous() for k, v in merged.items()}, folder)
                 for file in self.directory.iterdir():
                     if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
@@ -184,8 +189,10 @@ class HFCheckpointer:
                 "bias": "none",
                 "inference_mode": True,
             }
-            _write_json(folder / "adapter" / "adapter_config.json", config)
-            _write_json(folder / "pact.json", notes)
+            (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            stamp = notes | {"adapter": {**spec._asdict(), "fingerprint": fingerprint(peft)}}
+            for place in (folder, folder / "adapter"):  # adapters are often published alone
+                write_stamp(place, stamp)
         return directory
 
     def peft_adapter(self, adapter: StateDict) -> StateDict:
@@ -247,7 +254,9 @@ def constants_of_config(config: dict[str, Any]) -> dict[str, Any]:
             "query_pre_attn_scalar": float(config["query_pre_attn_scalar"]),
             "attn_logit_softcapping": config["attn_logit_softcapping"],
             "final_logit_softcapping": config["final_logit_softcapping"],
-            "sliding_window": [config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds[:layers]],
+            "sliding_window": [
+                config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds[:layers]
+            ],
         }
     elif config.get("use_sliding_window"):
         constants["use_sliding_window"] = True
@@ -287,23 +296,37 @@ def constants_of_model(model: nn.Module) -> dict[str, Any]:
 
 
 def merge(base: StateDict, adapter: StateDict, spec: LoRASpec) -> StateDict:
-    """Base weights with the adapter merged, computed in float32; ``base`` is left as it is.
+    """Base weights with the adapter merged; ``base`` is left as it is.
 
-    LoRA: W' = W + alpha / rank * B A. DoRA: the rows of that, scaled to the learned magnitudes. torchtune's own function
-    adds in place, which on the CPU changes the weights of the model that is still training.
+    torchtune's own function adds in place, which on the CPU changes the weights of the model that is still training.
     """
     merged = dict(base)
     for key, b in adapter.items():
         if key.endswith(".lora_b.weight"):
             module = key.removesuffix(".lora_b.weight")
             old, a = base[f"{module}.weight"], adapter[f"{module}.lora_a.weight"]
-            weight = old.float() + spec.alpha / spec.rank * (b.float() @ a.float())
-            if spec.dora:
-                magnitude = adapter[f"{module}.magnitude"].float()
-                weight *= (magnitude / torch.linalg.norm(weight, dim=1))[:, None]
-            merged[f"{module}.weight"] = weight.to(old.dtype)
+            merged[f"{module}.weight"] = merged_weight(old, a, b, adapter.get(f"{module}.magnitude"), spec)
     return merged
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+def merged_weight(
+    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor | None, spec: LoRASpec
+) -> torch.Tensor:
+    """One weight with its adapter, computed in float32.
+
+    LoRA: W' = W + alpha / rank * B A. DoRA: the rows of that, scaled to the learned magnitudes.
+
+    Args:
+        weight (torch.Tensor): W, ``[out, in]``.
+        a (torch.Tensor): A, ``[rank, in]``.
+        b (torch.Tensor): B, ``[out, rank]``.
+        magnitude (torch.Tensor | None): DoRA's, ``[out]``; None for LoRA.
+        spec (LoRASpec): rank and alpha.
+
+    Returns:
+        torch.Tensor: W', in W's dtype.
+    """
+    merged = weight.float() + spec.alpha / spec.rank * (b.float() @ a.float())
+    if magnitude is not None:
+        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged.to(weight.dtype)

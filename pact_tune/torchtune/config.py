@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps_per_epoch": None,
     "clip_grad_norm": None,
     "lr_scheduler": None,
-    "reference_cache": {"directory": None, "dtype": "float16"},
+    "reference_cache": {"directory": None, "dtype": "float16", "max_gb": None},
     "enable_activation_checkpointing": False,
     "compile": False,
     "fsdp_reshard_after_forward": True,
@@ -48,7 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "save_every_n_steps": None,
     "save_adapter_weights_only": False,
 }
-REFERENCE_CACHE_KEYS = ("directory", "dtype")
+REFERENCE_CACHE_KEYS = ("directory", "dtype", "max_gb")
 
 
 def register_resolvers() -> None:

@@ -138,8 +138,22 @@ def _capped(model: TransformerDecoder, cap: float) -> Gemma2Decoder:
     )
 
 
-_2B = {"num_layers": 26, "num_heads": 8, "head_dim": 256, "num_kv_heads": 4, "embed_dim": 2304, "intermediate_dim": 9216}
-_9B = {"num_layers": 42, "num_heads": 16, "head_dim": 256, "num_kv_heads": 8, "embed_dim": 3584, "intermediate_dim": 14336}
+_2B = {
+    "num_layers": 26,
+    "num_heads": 8,
+    "head_dim": 256,
+    "num_kv_heads": 4,
+    "embed_dim": 2304,
+    "intermediate_dim": 9216,
+}
+_9B = {
+    "num_layers": 42,
+    "num_heads": 16,
+    "head_dim": 256,
+    "num_kv_heads": 8,
+    "embed_dim": 3584,
+    "intermediate_dim": 14336,
+}
 _27B = {
     "num_layers": 46, "num_heads": 32, "head_dim": 128, "num_kv_heads": 16, "embed_dim": 4608, "intermediate_dim": 36864,
     "query_pre_attn_scalar": 144,

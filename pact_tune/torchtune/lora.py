@@ -106,9 +106,7 @@ def quantized_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, NF4Tensor)]
 
 
-def dequantized(
-    base: dict[str, torch.Tensor], quantized: list[str], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def dequantized(base: dict[str, torch.Tensor], quantized: list[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """Base weights as a QLoRA model computes with them: rounded to NF4 and back.
 
     Args:
@@ -119,7 +117,7 @@ def dequantized(
     Returns:
         dict[str, torch.Tensor]: the same names; ``base`` itself is left as it is.
     """
-    return base | {name: _through_nf4(base[name].to(dtype)) for name in quantized}
+    return base | {name: _through_nf4(base[name].to(dtype)).to(base[name].dtype) for name in quantized}
 
 
 def _through_nf4(weight: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,217 @@
+"""`pact tokens ...` as a user types it: exit codes, one-sentence errors, and the files that appear."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hub_server
+import pytest
+import tiny
+import torch
+
+from pact_tune import cli
+from pact_tune.errors import UserError
+from pact_tune.intervention import TokenIntervention, keyword_judge
+from pact_tune.prompts import column, read_rows
+from pact_tune.safety_tokens import SafetyTokens
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ["How do I paint the fence?", "What is seven plus nine?", "positive or", "Is this"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.tiny_model(folder / "aligned", seed=1)
+    tiny.tiny_model(folder / "base", seed=2)
+    rows = [{"goal": p, "kind": "odd" if i % 2 else "even"} for i, p in enumerate(PROMPTS)]
+    (folder / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "benign.txt").write_text("What is seven plus nine?\nclean a window\n")
+    assert compute(folder, "s") == 0
+    return folder
+
+
+def compute(folder: Path, output: str, *more: str) -> int:
+    places = ["--aligned", f"{folder}/aligned", "--base", f"{folder}/base", "--prompts", f"{folder}/p.jsonl"]
+    options = ["--prompt-column", "goal", "-k", "6", "--max-response-tokens", "8", "--output", f"{folder}/{output}"]
+    return cli.main(["tokens", "compute", *places, *options, *more])
+
+
+def test_compute_writes_the_folder_and_clears_its_work(here, capsys):
+    assert compute(here, "more", "--benign-prompts", f"{here}/benign.txt", "--preset", "official") == 0
+    out = capsys.readouterr().out
+    assert "Stability" in out and "Mere style" in out and f"Written to {here}/more" in out
+    assert not (here / "more.work").exists()
+    options = SafetyTokens.load(here / "more").provenance["options"]
+    assert options["ranking"] == "reference_probability" and options["average"] == "macro"
+    assert options["max_response_tokens"] == 8  # the command line over the preset
+
+
+def test_where_and_number_choose_prompts(here):
+    assert compute(here, "few", "--where", "kind=even", "--num-prompts", "1") == 0
+    assert SafetyTokens.load(here / "few").provenance["num_prompts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt-column", "nope"], "no column 'nope'; it has: goal, kind"),
+        (["--where", "kind=zzz"], "holds no rows with kind=zzz"),
+        (["--where", "kind"], "COLUMN=VALUE"),
+        (["--num-prompts", "0"], "at least 1"),
+        (["--prompts", "absent.jsonl"], "There is no file 'absent.jsonl'"),
+        (["--leave-out-style"], "benign prompts"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(here, capsys, more, message):
+    assert compute(here, "bad", *more) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("pact: ") and message in error
+    assert not (here / "bad").exists()
+
+
+def test_show_plots_and_covers(here, tmp_path, capsys):
+    assert cli.main(["tokens", "show", f"{here}/s", "--plot", f"{tmp_path}/s.png"]) == 0
+    tokens, out = SafetyTokens.load(here / "s"), capsys.readouterr().out
+    for token_id, text in zip(tokens.ids.tolist(), tokens.tokens, strict=True):
+        assert any(str(token_id) in row and json.dumps(text, ensure_ascii=False) in row for row in out.splitlines())
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["tokens", "show", f"{here}/s", "--plot", f"{tmp_path}/s.xyz"]) == 1
+    assert cli.main(["tokens", "show", f"{here}/s", "--model", f"{here}/aligned"]) == 1
+    assert "both --model and --prompts" in capsys.readouterr().err
+
+
+def test_coverage_is_the_first_tokens_mass(here, capsys, monkeypatch):
+    monkeypatch.setattr("pact_tune.intervention.keyword_judge", lambda answer, ended: "refusal")
+    arguments = ["--model", f"{here}/aligned", "--prompts", f"{here}/p.jsonl", "--prompt-column", "goal"]
+    assert cli.main(["tokens", "show", f"{here}/s", *arguments]) == 0
+    shown = float(capsys.readouterr().out.split("S holds ")[1].split(" %")[0])
+    from transformers import AutoModelForCausalLM
+
+    from pact_tune.conversations import load_tokenizer, render_prompt
+
+    tokenizer = load_tokenizer(f"{here}/aligned")
+    model = AutoModelForCausalLM.from_pretrained(here / "aligned").eval()
+    ids = SafetyTokens.load(here / "s").ids
+    mass = [
+        model(torch.tensor([render_prompt(tokenizer, [{"role": "user", "content": p}])])).logits[0, -1].softmax(-1)[ids]
+        for p in PROMPTS
+    ]
+    assert shown == pytest.approx(100 * torch.stack(mass).sum(1).mean().item(), abs=0.051)
+
+
+def test_diff_counts_common_tokens_and_refuses_other_tokenizers(here, tmp_path, capsys):
+    tokens = SafetyTokens.load(here / "s")
+    tokens.select(3, "score", "raw").save(tmp_path / "three")
+    assert cli.main(["tokens", "show", f"{here}/s", "--diff", f"{tmp_path}/three"]) == 0
+    assert "3 tokens in both, 3 only in the first, 0 only in the second" in capsys.readouterr().out
+    tokens.provenance["tokenizer_fingerprint"] = "0" * 32
+    tokens.save(tmp_path / "other")
+    assert cli.main(["tokens", "show", f"{here}/s", "--diff", f"{tmp_path}/other"]) == 1
+    assert "tokenizer 00000000" in capsys.readouterr().err
+
+
+def test_from_templates(here, tmp_path, capsys):
+    arguments = ["--tokenizer", f"{here}/aligned", "--output", f"{tmp_path}/t", "-k", "5"]
+    assert cli.main(["tokens", "from-templates", *arguments]) == 0
+    assert "not measured" in capsys.readouterr().out
+    tokens = SafetyTokens.load(tmp_path / "t")
+    assert len(tokens) == 5 and tokens.weights.tolist() == [1.0] * 5
+    assert cli.main(["tokens", "show", f"{tmp_path}/t"]) == 0
+    assert "Not measured" in capsys.readouterr().out
+
+
+def test_intervention_changes_only_its_tokens():
+    scores, ids = torch.zeros(2, 5), torch.tensor([1, 3])
+    assert TokenIntervention(ids, 5.0)(None, scores).tolist() == [[0, 5, 0, 5, 0]] * 2
+    ablated = TokenIntervention(ids, None)(None, scores)
+    assert ablated.softmax(-1)[0].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 0, 1 / 3])
+    assert scores.abs().sum() == 0
+    assert torch.isfinite(TokenIntervention(ids, None)(None, scores.half())).all()
+
+
+def test_keyword_judge():
+    assert keyword_judge("I’m sorry, but no.", True) == "refusal"
+    assert keyword_judge("Sure, here is how.", True) == "helpful"
+
+
+def test_intervene_prints_every_arm(here, capsys):
+    arguments = ["--tokens", f"{here}/s", "--prompts", f"{here}/p.jsonl", "--prompt-column", "goal", "--draws", "1"]
+    assert cli.main(["tokens", "intervene", "--model", f"{here}/aligned", *arguments, "--max-new-tokens", "4"]) == 0
+    out = capsys.readouterr().out
+    for arm in ("none", "boost safety", "ablate safety", "boost random", "ablate random"):
+        assert any(row.startswith(arm) for row in out.splitlines())
+    bad = ["tokens", "intervene", "--model", f"{here}/aligned", *arguments, "--judge", "nobody"]
+    assert cli.main(bad) == 1 and "There is no judge 'nobody'" in capsys.readouterr().err
+
+
+def test_intervene_refuses_tokens_of_another_tokenizer(here, tmp_path, capsys):
+    tokens = SafetyTokens.load(here / "s")
+    tokens.provenance["tokenizer_fingerprint"] = "0" * 32
+    tokens.save(tmp_path / "other")
+    arguments = ["--tokens", f"{tmp_path}/other", "--prompts", f"{here}/p.jsonl", "--prompt-column", "goal"]
+    assert cli.main(["tokens", "intervene", "--model", f"{here}/aligned", *arguments]) == 1
+    assert "tokenizer 00000000" in capsys.readouterr().err
+
+
+def test_publish_and_download_by_the_environment_alone(here, tmp_path):
+    """Fresh processes that know the Hub by HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE only; scripts and command alike."""
+    with hub_server.serve() as server:
+        environment = os.environ | {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": hub_server.TOKEN,
+            "HF_HUB_OFFLINE": "0",
+        }
+
+        def run(tool: list[str], *arguments: str, **more: str) -> subprocess.CompletedProcess:
+            command = [sys.executable, *tool, *arguments]
+            done = subprocess.run(command, env=environment | more, cwd=tmp_path, capture_output=True, text=True)
+            assert hub_server.TOKEN not in done.stdout + done.stderr
+            return done
+
+        publish = [f"{ROOT}/tools/publish_safety_tokens.py", str(here / "s")]
+        download = ["-m", "pact_tune.cli", "tokens", "download", "tester/family", "--subfolder", "m"]
+        done = run(publish, "--repo", "tester/family", "--subfolder", "m")
+        assert done.returncode == 0 and "Published to tester/family as m-v1" in done.stdout, done.stderr
+        assert run(download, "--output", "first").returncode == 0
+        server.requests.clear()
+        assert run(download, "--output", "second", HF_HUB_OFFLINE="1").returncode == 0
+        assert server.requests == []
+    for name in ("safety_tokens.safetensors", "safety_tokens.json"):
+        written = (here / "s" / name).read_bytes()
+        assert (tmp_path / "first" / name).read_bytes() == written == (tmp_path / "second" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.jsonl", '{"prompt": "a\u2028b"}\n', ["a\u2028b"]),
+        ("a.json", '["a", {"prompt": "b"}]', ["a", "b"]),
+        ("a.csv", 'prompt,n\n"two\nlines",1\n', ["two\nlines"]),
+        ("a.tsv", 'prompt\tn\nsay "hi"\t1\n', ['say "hi"']),
+        ("a.txt", "\ufeffone\n\n two \n", ["one", "two"]),
+    ],
+)
+def test_prompt_files(tmp_path, name, text, expected):
+    (tmp_path / name).write_bytes(text.encode())
+    assert column(read_rows(tmp_path / name), "prompt", name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a"}\n{oops\n', "line 2"),
+        ("a.jsonl", "3\n", "Row 1"),
+        ("a.json", "{}", "not a JSON list"),
+        ("a.csv", "prompt,n\na,1\n,2\n", "Row 2"),
+        ("a.csv", "prompt\n", "holds no rows"),
+        ("a.pdf", "x", "unknown kind"),
+    ],
+)
+def test_bad_prompt_files(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        column(read_rows(tmp_path / name), "prompt", name)

@@ -1,0 +1,128 @@
+"""`pact verify`, the stamp that it reads, and that saving leaves the model in training as it was."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from recipe import logged, tune_run, write_workspace
+from safetensors.torch import load_file, save_file
+
+from pact_tune import cli
+from pact_tune.conversations import Conversation
+from pact_tune.head import Columns
+from pact_tune.tools.verify import verify
+from pact_tune.torchtune.checkpoint import HFCheckpointer
+from pact_tune.torchtune.model import Decoder
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    return write_workspace(tmp_path_factory.mktemp("verify"), "llama", rows=16)
+
+
+@pytest.fixture(scope="module")
+def result(workspace):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert tune_run(monkeypatch, workspace, f"output_dir={workspace.parent}/pact", "loss.preset=tail") is None
+    return workspace.parent / "pact" / "epoch_0"
+
+
+def test_stamp_says_how_the_result_was_made(result, workspace):
+    stamp = json.loads((result / "pact.json").read_text())
+    assert stamp["loss"]["method"] == "pact" and stamp["loss"]["tail"] and stamp["loss"]["lambda_kl"] == 3.0
+    assert stamp["final"]["kl"] == pytest.approx(logged(workspace.parent / "pact", "kl")[-1], abs=1e-6)
+    assert stamp["adapter"]["rank"] == 4 and not stamp["adapter"]["dora"]
+    hashes = [stamp[name]["fingerprint"] for name in ("safety_tokens", "data", "reference", "adapter")]
+    assert all(len(text) == 32 for text in hashes)
+    assert stamp == json.loads((result / "adapter" / "pact.json").read_text())
+
+
+@pytest.mark.parametrize("part", [".", "adapter"])
+def test_verify_reports_the_kl_to_the_reference(result, part, capsys):
+    assert cli.main(["verify", str(result / part), "--rows", "4"]) == 0
+    assert "was trained with the constraint 'pact'" in capsys.readouterr().out
+    report = verify(result / part, rows=4)
+    assert report["rows"] == 4 and 1e-4 < report["kl"]["all"] < 50
+    assert report["kl"] == pytest.approx(verify(result, rows=4)["kl"], rel=1e-3)
+
+
+def copy_of(result, folder):
+    return shutil.copytree(result, folder / "copy")
+
+
+def rewrite(file, change):
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def alter_first(tensors):
+    name = sorted(tensors)[0]
+    tensors[name] = tensors[name] + 1
+
+
+def edit_stamp(folder, change):
+    stamp = json.loads((folder / "pact.json").read_text())
+    change(stamp)
+    (folder / "pact.json").write_text(json.dumps(stamp))
+
+
+DAMAGE = {
+    "no stamp": (lambda d: (d / "pact.json").unlink(), "no pact.json"),
+    "half a stamp": (lambda d: (d / "pact.json").write_text("{"), "damaged"),
+    "later format": (lambda d: edit_stamp(d, lambda s: s.update(format=9)), "format 9"),
+    "other adapter": (lambda d: rewrite(d / "adapter" / "adapter_model.safetensors", alter_first), "not the one"),
+    "other merged weights": (lambda d: rewrite(d / "model.safetensors", alter_first), "is not its base with its adapter"),
+    "other base": (lambda d: edit_stamp(d, lambda s: s["reference"].update(fingerprint="0" * 32)), "name them with --base"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_verify_fails_in_one_sentence(result, tmp_path, capsys, damage):
+    change, words = DAMAGE[damage]
+    folder = copy_of(result, tmp_path)
+    change(folder)
+    assert cli.main(["verify", str(folder)]) == 1
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+
+
+def test_verify_fails_without_the_constraint(workspace, tmp_path, monkeypatch, capsys):
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/sft", "loss.lambda_kl=0") is None
+    assert cli.main(["verify", str(tmp_path / "sft" / "epoch_0")]) == 1
+    assert "trained without the constraint" in capsys.readouterr().err
+
+
+def test_saving_moves_neither_base_weights_nor_the_reference(workspace, tmp_path, monkeypatch):
+    """Around every save of a run with states in the middle of epochs: the same bits."""
+    decoders, saves = [], []
+    original = Decoder.__init__
+
+    def remember(self, *arguments):
+        original(self, *arguments)
+        decoders.append(self)
+
+    monkeypatch.setattr(Decoder, "__init__", remember)
+    save = HFCheckpointer.save
+
+    def checked(self, *arguments):
+        def state():
+            (decoder,) = decoders
+            frozen = {n: p.detach().clone() for n, p in decoder.model.named_parameters() if not p.requires_grad}
+
+            rows = [Conversation(list(range(5, 25)), [(8, 20)])]
+            return frozen | {"reference": decoder.reference_columns(rows, Columns(torch.arange(9), True))}
+
+        before = state()
+        folder = save(self, *arguments)
+        after = state()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        saves.append(before)
+        return folder
+
+    monkeypatch.setattr(HFCheckpointer, "save", checked)
+    arguments = [f"output_dir={tmp_path}/out", "epochs=3", "save_every_n_steps=1", "optimizer.lr=3e-2"]
+    assert tune_run(monkeypatch, workspace, *arguments) is None
+    assert len(saves) == 3  # and training has not moved them either
+    assert all(torch.equal(saves[0][name], saves[2][name]) for name in saves[0])
