@@ -7,6 +7,8 @@ import torch
 
 from pact_tune.conversations import Conversation
 
+BUCKET_STEPS = 50  # steps whose rows are sorted by length together: more pads less, fewer mixes more
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -93,6 +95,37 @@ def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> list[int
         return list(range(num_rows))
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(num_rows, generator=generator).tolist()
+
+
+def group_by_length(
+    order: Sequence[int], lengths: Sequence[int], rows_per_step: int, seed: int, epoch: int
+) -> list[int]:
+    """Regroups an epoch's order so that the rows of a step have like lengths, and little is padded.
+
+    The order is cut into buckets of some steps; inside a bucket rows are sorted by length; then all steps are shuffled.
+    A last step that is not full stays the last.
+
+    Args:
+        order (Sequence[int]): row numbers, from :func:`epoch_order`.
+        lengths (Sequence[int]): tokens of each row of the data set.
+        rows_per_step (int): rows of an optimiser step.
+        seed (int): of the run.
+        epoch (int): counted from 0.
+
+    Returns:
+        list[int]: a permutation of ``order`` that depends on the arguments alone.
+    """
+    bucket = BUCKET_STEPS * rows_per_step
+    full = len(order) - len(order) % rows_per_step
+    grouped = [
+        row
+        for start in range(0, full, bucket)
+        for row in sorted(order[start : min(start + bucket, full)], key=lambda row: lengths[row])
+    ]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    steps = torch.randperm(full // rows_per_step, generator=generator).tolist()
+    shuffled = [row for step in steps for row in grouped[step * rows_per_step : (step + 1) * rows_per_step]]
+    return shuffled + list(order[full:])
 
 
 def rank_rows(rows: Sequence[int], rank: int, world_size: int) -> list[int]:

@@ -27,7 +27,15 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.recipe_interfaces import FTRecipeInterface
 from tqdm import tqdm
 
-from pact_tune.batching import Batch, collate, epoch_order, rank_rows, response_only_views, to_device
+from pact_tune.batching import (
+    Batch,
+    collate,
+    epoch_order,
+    group_by_length,
+    rank_rows,
+    response_only_views,
+    to_device,
+)
 from pact_tune.conversations import Conversation, response_only_prefix
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
@@ -104,6 +112,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     def _setup_steps(self) -> None:
         """How rows become steps; a last batch that is not full is trained on like any other."""
         cfg = self.cfg
+        self.lengths = [len(c.tokens) for c in self.dataset.conversations]
         self.rows_per_step = cfg.batch_size * self.world_size * cfg.gradient_accumulation_steps
         self.steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
         if cfg.max_steps_per_epoch is not None:
@@ -285,6 +294,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         while self.global_step < self.total_steps:
             epoch, done = divmod(self.global_step, self.steps_per_epoch)
             order = epoch_order(len(self.dataset), cfg.seed, epoch, cfg.shuffle)
+            if cfg.batch_by_length:
+                order = group_by_length(order, self.lengths, self.rows_per_step, cfg.seed, epoch)
             steps = range(done, self.steps_per_epoch)
             self._start_interval()
             with tqdm(
@@ -305,6 +316,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         """One optimiser step on a global batch, given by its row numbers."""
         # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
         torch.manual_seed((self.cfg.seed * 1_000_003 + self.global_step) * 1024 + self.rank)
+        # The loss of a step does not depend on how it is cut into micro-batches: like lengths together pad least.
+        rows = sorted(rows, key=lambda row: self.lengths[row])
         response_tokens = sum(self.dataset.conversations[row].num_response_tokens for row in rows)
         micro_rows = self.cfg.batch_size * self.world_size
         for start in range(0, len(rows), micro_rows):
@@ -412,6 +425,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             "rows": len(self.dataset),
             "tokens": sum(len(c.tokens) for c in self.dataset.conversations),
             "rows per step": self.rows_per_step,
+            "batch_by_length": self.cfg.batch_by_length,
             "total steps": self.total_steps,
             "reference": self.checkpointer.weights_hash,
         }

@@ -88,9 +88,7 @@ def write_rows(path: Path, n: int) -> Path:
     return path
 
 
-def write_workspace(
-    directory: Path, architecture: str = "qwen2", rows: int = 40, width: int = 32, **model
-) -> Path:
+def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40, width: int = 32, **model) -> Path:
     """A folder with a checkpoint, safety tokens, data and a config for them: config.yaml; NF4 needs a width of 256."""
     directory.mkdir(parents=True, exist_ok=True)
     builder, model_type, tiny = ARCHITECTURES[architecture]

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from pact_tune.batching import collate, epoch_order, rank_rows, response_only_views
+from pact_tune.batching import collate, epoch_order, group_by_length, rank_rows, response_only_views
 from pact_tune.conversations import Conversation
 
 PAD = 999
@@ -172,3 +172,35 @@ def test_ranks_share_the_rows_evenly(rows, world_size):
 def test_neighbours_go_to_different_ranks():
     """Rows sorted by length are spread, so that no rank gets all the long ones."""
     assert [rank_rows([9, 8, 7, 6, 5], rank, 2) for rank in (0, 1)] == [[9, 7, 5], [8, 6]]
+
+
+_rng = random.Random(4)
+LENGTHS = [_rng.randint(5, 400) for _ in range(1003)]
+
+
+def padding(order: list[int], rows_per_step: int) -> int:
+    steps = [order[i : i + rows_per_step] for i in range(0, len(order), rows_per_step)]
+    return sum(max(LENGTHS[row] for row in step) - LENGTHS[row] for step in steps for row in step)
+
+
+@pytest.mark.parametrize("rows", [0, 3, 8, 9, 400, 401, 1003])
+def test_grouping_by_length_only_permutes(rows):
+    """Full steps come first, and a last one that is not full keeps its rows."""
+    order = epoch_order(rows, 0, 0, True)
+    grouped = group_by_length(order, LENGTHS, 8, 0, 0)
+    assert sorted(grouped) == list(range(rows))
+    rest = rows % 8
+    assert grouped[rows - rest :] == order[rows - rest :]
+    assert grouped == group_by_length(order, LENGTHS, 8, 0, 0)
+
+
+def test_grouping_by_length_pads_little_and_shuffles_the_steps():
+    order = epoch_order(1003, 0, 0, True)
+    grouped = group_by_length(order, LENGTHS, 8, 0, 0)
+    assert padding(grouped, 8) < 0.15 * padding(order, 8)
+    longest = [max(LENGTHS[row] for row in grouped[i : i + 8]) for i in range(0, 1000, 8)]
+    assert longest != sorted(longest)
+    early, late = sum(longest[:50]) / 50, sum(longest[-50:]) / 50
+    assert abs(early - late) < 60  # no drift from short to long over the epoch
+    others = [group_by_length(epoch_order(1003, *at, True), LENGTHS, 8, *at) for at in ((0, 1), (1, 0))]
+    assert grouped not in others and others[0] != others[1]

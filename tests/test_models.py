@@ -9,10 +9,13 @@ from safetensors.torch import load_file, save_file
 from torchtune import config
 from transformers import AutoModelForCausalLM
 
+from pact_tune import cli
 from pact_tune.conversations import Conversation
+from pact_tune.errors import UserError
 from pact_tune.head import Columns
 from pact_tune.tools.configs import load
 from pact_tune.torchtune import lora
+from pact_tune.torchtune.checkpoint import HFCheckpointer
 from pact_tune.torchtune.model import Decoder
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
@@ -62,7 +65,9 @@ def build(workspace, model, trained):
     adapter = lora.initial_adapter(network, base, 0)
     if trained:
         generator = torch.Generator().manual_seed(2)
-        adapter = {name: 0.1 * torch.randn(t.shape, generator=generator) for name, t in adapter.items()}
+        for name, tensor in adapter.items():
+            noise = 0.1 * torch.randn(tensor.shape, generator=generator)
+            adapter[name] = tensor * (1 + noise) if name.endswith(".magnitude") else noise
     checkpointer.check(network, base | adapter)
     network.load_state_dict(base | adapter)
     return Decoder(network, 0, torch.device("cpu")), checkpointer, base, adapter
@@ -131,26 +136,12 @@ def test_exports_equal_the_trained_model(architecture, workspace, tokens, tmp_pa
     assert_exports_equal(*build(workspace, model, trained=True), workspace, tokens, tmp_path)
 
 
-def test_three_steps_on_one_process_and_two(architecture, workspace, tmp_path, monkeypatch):
-    """Equal losses, and the result in transformers has them too."""
-    steps = ["max_steps_per_epoch=3", "loss.preset=tail"]
-    one = [f"output_dir={tmp_path}/one", *steps]
-    assert tune_run(monkeypatch, workspace, *one) is None
-    two = [f"output_dir={tmp_path}/two", f"reference_cache.directory={tmp_path}/cache", "batch_size=2", *steps]
-    process = tune_run_processes(workspace, *two, processes=2)
-    assert process.returncode == 0, process.stderr
-    losses = logged(tmp_path / "one", "loss")
-    assert len(losses) == 3 and logged(tmp_path / "two", "loss") == pytest.approx(losses, abs=1e-4)
-    assert logged(tmp_path / "one", "kl")[0] == pytest.approx(0, abs=1e-5)  # B = 0: student = reference
-    merged = [load_file(tmp_path / name / "epoch_0" / "model.safetensors") for name in ("one", "two")]
-    for name in merged[0]:
-        torch.testing.assert_close(merged[0][name], merged[1][name], atol=1e-3, rtol=1e-3)
-
-
 @pytest.fixture(scope="module")
 def wide(architecture, tmp_path_factory):
     """Wide enough for NF4, whose scales are shared by 16384 weights."""
-    return workspace_of(tmp_path_factory.mktemp(f"wide_{architecture}"), architecture, width=256, initializer_range=0.05)
+    return workspace_of(
+        tmp_path_factory.mktemp(f"wide_{architecture}"), architecture, width=256, initializer_range=0.05
+    )
 
 
 QLORA = {"lora_attn_modules": ATTENTION, "apply_lora_to_mlp": True, "quantize_base": True}
@@ -183,3 +174,105 @@ def test_qlora_reference_and_exports_are_of_the_quantized_base(wide, tokens, tmp
         torch.testing.assert_close(transformers_model(folder)(tokens).logits, live, **TOLERANCE)
         adapted = peft.PeftModel.from_pretrained(model, folder / "adapter")
         torch.testing.assert_close(adapted(tokens).logits, live, **TOLERANCE)
+
+
+def without_bias(architecture, **model):
+    """LoRA on all layers that DoRA is right on: Qwen's query, key and value have a bias."""
+    attention = ["output_proj"] if architecture.startswith("qwen") else ATTENTION
+    return {"lora_attn_modules": attention, "apply_lora_to_mlp": True, "use_dora": True, **model}
+
+
+def test_dora_exports_equal_the_trained_model(architecture, workspace, tokens, tmp_path):
+    head = {} if architecture in TIED else {"apply_lora_to_output": True}
+    decoder, *rest = build(workspace, without_bias(architecture, **head), trained=True)
+    assert_exports_equal(decoder, *rest, workspace, tokens, tmp_path)
+
+
+def test_fresh_dora_computes_the_base_model(architecture, workspace, reference, tokens):
+    decoder, *_ = build(workspace, without_bias(architecture), trained=False)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(decoder, tokens), reference(tokens).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "llama"], scope="module")
+def test_three_steps_on_one_process_and_two(architecture, workspace, tmp_path, monkeypatch):
+    """Equal losses, and the result in transformers has them too."""
+    steps = ["max_steps_per_epoch=3", "loss.preset=tail"]
+    one = [f"output_dir={tmp_path}/one", *steps]
+    assert tune_run(monkeypatch, workspace, *one) is None
+    two = [f"output_dir={tmp_path}/two", f"reference_cache.directory={tmp_path}/cache", "batch_size=2", *steps]
+    process = tune_run_processes(workspace, *two, processes=2)
+    assert process.returncode == 0, process.stderr
+    losses = logged(tmp_path / "one", "loss")
+    assert len(losses) == 3 and logged(tmp_path / "two", "loss") == pytest.approx(losses, abs=1e-4)
+    assert logged(tmp_path / "one", "kl")[0] == pytest.approx(0, abs=1e-5)  # B = 0: student = reference
+    merged = [load_file(tmp_path / name / "epoch_0" / "model.safetensors") for name in ("one", "two")]
+    for name in merged[0]:
+        torch.testing.assert_close(merged[0][name], merged[1][name], atol=1e-3, rtol=1e-3)
+
+
+VARIANTS = {"qlora": ["model.quantize_base=True"], "dora": ["model.use_dora=True"]}
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tmp_path_factory):
+    return workspace_of(tmp_path_factory.mktemp("wide"), "llama3_1", width=256, initializer_range=0.05)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_on_one_process_and_two_resumed_and_verified(wide_llama, tmp_path, monkeypatch, variant):
+    """Equal losses; a run that is cut off and resumed gives the same bits; `pact verify` agrees with the export."""
+    common = ["epochs=2", "max_steps_per_epoch=3", "loss.preset=tail", *VARIANTS[variant]]
+    assert tune_run(monkeypatch, wide_llama, f"output_dir={tmp_path}/one", *common) is None
+    losses = logged(tmp_path / "one", "loss")
+    assert logged(tmp_path / "one", "kl")[0] == pytest.approx(0, abs=1e-5)  # cached reference = live student
+    assert cli.main(["verify", str(tmp_path / "one" / "epoch_1"), "--rows", "4"]) == 0
+    assert cli.main(["verify", str(tmp_path / "one" / "epoch_1" / "adapter"), "--rows", "4"]) == 0
+
+    save = HFCheckpointer.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def cut_off(self, name, *rest):
+            if name == "epoch_1":
+                raise KeyboardInterrupt
+            return save(self, name, *rest)
+
+        patch.setattr(HFCheckpointer, "save", cut_off)
+        tune_run(monkeypatch, wide_llama, f"output_dir={tmp_path}/cut", *common)
+    again = [f"output_dir={tmp_path}/cut", *common, "resume_from_checkpoint=True"]
+    assert tune_run(monkeypatch, wide_llama, *again) is None
+    adapters = [load_file(tmp_path / n / "epoch_1" / "adapter" / "adapter_model.safetensors") for n in ("one", "cut")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+    two = [f"output_dir={tmp_path}/two", f"reference_cache.directory={tmp_path}/cache", "batch_size=2", *common]
+    process = tune_run_processes(wide_llama, *two, processes=2)
+    assert process.returncode == 0, process.stderr
+    assert logged(tmp_path / "two", "loss") == pytest.approx(losses, abs=1e-3)
+
+
+REFUSED = {
+    "DoRA on a bias": ("qwen2", 256, ["model.use_dora=True"], "which has a bias"),
+    "NF4 of a narrow layer": ("llama", 32, ["model.quantize_base=True"], "multiples of 16384"),
+    "rank 0": ("llama", 32, ["model.lora_rank=0"], "lora_rank must be at least 1"),
+    "head of a tied model": ("qwen2", 32, ["model.apply_lora_to_output=True"], "incompatible with tie_word_embeddings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_adapters_that_cannot_be_right_are_refused(tmp_path, monkeypatch, case):
+    architecture, width, overrides, words = REFUSED[case]
+    config = write_workspace(tmp_path, architecture, rows=4, width=width)
+    message = tune_run(monkeypatch, config, f"output_dir={tmp_path}/out", *overrides)
+    assert isinstance(message, str) and words in message and "\n" not in message.strip()
+
+
+def test_nf4_that_cannot_be_divided_among_processes_is_refused(wide_llama):
+    cfg = load(wide_llama, ["model.quantize_base=True"])
+    with pytest.raises(UserError, match="among 4 process"), torch.device("meta"):
+        lora.build(cfg.model, world_size=4)
+
+
+def test_quantized_dora_on_two_processes_is_refused(wide_llama, tmp_path):
+    overrides = [f"output_dir={tmp_path}", "model.use_dora=True", "model.quantize_base=True"]
+    process = tune_run_processes(wide_llama, *overrides, processes=2)
+    assert process.returncode != 0 and "does not work on several processes" in process.stderr

@@ -72,9 +72,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(runs: dict[str, Path], aligned: Path, data: Path, tokens: Path) -> tuple[dict[str, dict], list[str]]:
+    import transformers  # takes seconds to import, as do the next two
+
     from pact_tune.demo.evaluate import evaluate
     from pact_tune.safety_tokens import SafetyTokens
 
+    transformers.utils.logging.disable_progress_bar()  # of loading weights: there is one for the four models
     safety_tokens = SafetyTokens.load(tokens)
     models = {"Initial": aligned} | {name: sorted(folder.glob("epoch_*"))[-1] for name, folder in runs.items()}
     bar = tqdm(models.items(), desc="Evaluating", unit="model")

@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "resume_from_checkpoint": False,
     "seed": 0,
     "shuffle": True,
+    "batch_by_length": False,
     "gradient_accumulation_steps": 1,
     "max_steps_per_epoch": None,
     "clip_grad_norm": None,

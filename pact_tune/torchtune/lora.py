@@ -55,7 +55,8 @@ def build(cfg_model: DictConfig, world_size: int = 1) -> nn.Module:
     try:
         model = config.instantiate(cfg_model)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"Section 'model' cannot be built: {error}") from error
+        hint = f" (quantize_base takes weights in multiples of {NF4_BLOCK} only)" if cfg_model.get("quantize_base") else ""
+        raise UserError(f"Section 'model' cannot be built: {error}{hint}") from error
     _check(model, world_size)
     return model
 
