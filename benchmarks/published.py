@@ -53,9 +53,7 @@ def published_loss(
     alone = _padded(alone, pad_id, max(map(len, alone))).to(device)
 
     logits = model(tokens)
-    ce = F.cross_entropy(
-        logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORED
-    )
+    ce = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORED)
     with torch.no_grad():
         post = reference(alone)
         full = reference(tokens)
@@ -85,7 +83,9 @@ def _padded(rows: list[list[int]], value: int, width: int) -> torch.Tensor:
 def _answers(logits: torch.Tensor, starts: list[int], longest: int) -> torch.Tensor:
     """The rows that predict response tokens, with the whole vocabulary: ``[B, longest, V]`` float32."""
     width = logits.shape[1]
-    parts = [row[[min(start + t, width - 1) for t in range(longest)]] for row, start in zip(logits, starts, strict=True)]
+    parts = [
+        row[[min(start + t, width - 1) for t in range(longest)]] for row, start in zip(logits, starts, strict=True)
+    ]
     return torch.stack(parts).float()
 
 

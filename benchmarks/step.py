@@ -119,21 +119,21 @@ class RandomCheckpointer:
     """Random weights in the place of a checkpoint.
 
     Args:
-        model (DictConfig): section of the network.
+        model (dict): section of the network.
         vocab_size (int): rows of its head.
         device (str): where the weights are made.
     """
 
     weights_hash = "random"
 
-    def __init__(self, model: DictConfig, vocab_size: int, device: str) -> None:
+    def __init__(self, model: dict, vocab_size: int, device: str) -> None:
         self.model, self.vocab_size, self.device = model, vocab_size, device
 
     def load(self) -> dict[str, torch.Tensor]:
         """Weights from N(0, 0.02), norms of 1."""
         generator = torch.Generator(self.device).manual_seed(0)
         with torch.device("meta"):
-            model = config.instantiate(self.model)
+            model = config.instantiate(OmegaConf.create(self.model))
         weights = {}
         for name, tensor in model.state_dict().items():
             if "lora" not in name:
@@ -213,7 +213,7 @@ def torchtune_step(cfg: DictConfig) -> Callable[[list[int]], Any]:
     recipe = object.__new__(module.LoRAFinetuneRecipeSingleDevice)
     device = torch.device(cfg.device)
     dataset = config.instantiate(cfg.dataset, None)
-    model, optimizer = _plain_model(cfg), None
+    model = _plain_model(cfg)
     loss = CEWithChunkedOutputLoss()
     model.set_num_output_chunks(loss.num_output_chunks)
     recipe._model, recipe._loss_fn, recipe.activations_handling_ctx = model, loss, nullcontext()
@@ -490,29 +490,43 @@ def _cpu_name() -> str:
 
 
 def write(rows: list[dict], name: str, device: str) -> None:
-    """CSV of the measurements and Markdown of the ratios, in benchmarks/results/."""
+    """CSV of the measurements and Markdown of the ratios, in benchmarks/results/; what was not measured anew is kept."""
     RESULTS.mkdir(exist_ok=True)
-    fields = ["part", "size", "work", "checkpointing", "variant", "round", "value", "unit"]
-    with (RESULTS / f"{name}.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields)
+    path = RESULTS / f"{name}.csv"
+    keys = ("part", "size", "work", "checkpointing")
+    measured = {tuple(str(row[key]) for key in keys) for row in rows}
+    old = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = [row for row in csv.DictReader(file) if tuple(row[key] for key in keys) not in measured]
+    for row in old:
+        row |= {
+            "round": int(row["round"]),
+            "value": float(row["value"]),
+            "checkpointing": row["checkpointing"] == "True",
+        }
+    rows = [row | {"measured on": row.get("measured on", environment(device))} for row in old + rows]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*keys, "variant", "round", "value", "unit", "measured on"])
         writer.writeheader()
         writer.writerows(row | {"value": f"{row['value']:.6g}"} for row in rows)
-    text = f"# Benchmarks: {name}\n\n{environment(device)}\n\n{report(rows)}"
+    text = "\n".join([f"# Benchmarks: {name}", "", *sorted({row["measured on"] for row in rows}), "", report(rows)])
     (RESULTS / f"{name}.md").write_text(text)
-    print(text)
+    print(text, flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measures and writes benchmarks/results/NAME.csv and NAME.md."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=SETS, help="which sizes and works; default: short, on a GPU gpu")
+    parser.add_argument("--only", nargs=2, metavar=("SIZE", "WORK"), help="one size and work in the place of a set")
     parser.add_argument("--parts", nargs="+", default=["step", "run", "memory"], choices=["step", "run", "memory"])
     parser.add_argument("--rounds", type=int, help="default: 3, on a GPU 20")
     parser.add_argument("--run-rounds", type=int, default=1, help="of the whole runs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all variants")
-    parser.add_argument("--name", help="of the results; default: the device and the set")
+    parser.add_argument("--name", help="of the results; default: the device")
     parser.add_argument("--memory-of", nargs=3, metavar=("VARIANT", "SIZE", "WORK"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
@@ -522,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = args.set or ("gpu" if args.device == "cuda" else "short")
     rounds = args.rounds or (20 if args.device == "cuda" else 3)
     rows: list[dict] = []
-    for size, work in SETS[chosen]:
+    for size, work in [args.only] if args.only else SETS[chosen]:
         print(f"== {size}, {work}", flush=True)
         if "step" in args.parts:
             rows += measure_steps(size, work, rounds, args.device, args.checkpointing)
@@ -532,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
             for variant in VARIANTS:
                 if variant != "sft again":
                     rows += memory_in_a_process(variant, size, work, args.device, args.checkpointing)
-        write(rows, args.name or f"{args.device}-{chosen}", args.device)
+        write(rows, args.name or args.device, args.device)
 
 
 if __name__ == "__main__":

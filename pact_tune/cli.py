@@ -23,6 +23,11 @@ COMMANDS = {
     ("tokens", "publish"): ("pact_tune.tools.publish_safety_tokens", "publish safety tokens to the Hugging Face Hub"),
     ("tokens", "download"): ("pact_tune.tools.download_safety_tokens", "download safety tokens from the Hub"),
     ("tokens", "intervene"): ("pact_tune.tools.intervene", "boost or ablate safety tokens during generation"),
+    ("cache", "list"): ("pact_tune.tools.cache", "list the reference caches that runs share"),
+    ("cache", "info"): ("pact_tune.tools.cache", "what a cached reference depends on"),
+    ("cache", "verify"): ("pact_tune.tools.cache", "compare the caches' checksums"),
+    ("cache", "prune"): ("pact_tune.tools.cache", "remove the least recently used caches"),
+    ("cache", "build"): ("pact_tune.tools.cache", "fill the cache of a config without training"),
 }
 
 
@@ -41,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         int: exit code; 0 when it worked.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv in ([], ["-h"], ["--help"], ["tokens"], ["tokens", "--help"], ["tokens", "-h"]):
+    group = argv[:1] in (["tokens"], ["cache"])
+    if argv[group:] in ([], ["-h"], ["--help"]):
         print(_usage())
         return 0
     if argv == ["--version"]:
@@ -53,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     tool = importlib.import_module(COMMANDS[words][0])
     # A module that serves several commands is told which one.
-    rest = argv if words[0] in ("ls", "cp", "run", "validate") else argv[len(words) :]
+    told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1}
+    rest = argv[told.get(words[0], len(words)) :]
     try:
         return tool.main(rest) or 0
     except UserError as error:

@@ -106,7 +106,7 @@ def family(request, tmp_path_factory) -> Path:
             "model_type": entry["model_type"],
             "output_dir": "${output_dir}",
         },
-        "dataset": {"_component_": "pact_tune.chat_dataset", "source": "???", "n": 200, "max_seq_len": 1024},
+        "dataset": {"_component_": "pact_tune.chat_dataset", "source": "???", "n": STEPS * BATCH, "max_seq_len": 1024},
         "loss": {
             "_component_": "pact_tune.objectives.pact",
             "safety_tokens": str(folder / "safety_tokens"),
@@ -185,8 +185,10 @@ def test_one_and_two_processes_have_equal_losses(family, tmp_path, source, prese
     assert two["kl"] == pytest.approx(one["kl"], rel=1e-2, abs=1e-7)
 
     tokenizer = load_tokenizer(str(family / "model"))
-    rows = chat_dataset(tokenizer, SOURCES[source]["source"], n=200, max_seq_len=1024, progress=False).conversations
-    batch = collate([rows[i] for i in epoch_order(200, 0, 0, True)[:BATCH]], tokenizer.pad_token_id)
+    rows = chat_dataset(
+        tokenizer, SOURCES[source]["source"], n=STEPS * BATCH, max_seq_len=1024, progress=False
+    ).conversations
+    batch = collate([rows[i] for i in epoch_order(STEPS * BATCH, 0, 0, True)[:BATCH]], tokenizer.pad_token_id)
     model = AutoModelForCausalLM.from_pretrained(family / "model")
     with torch.no_grad():
         logits = model(batch.tokens).logits.flatten(0, 1)[batch.index]

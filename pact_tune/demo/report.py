@@ -77,6 +77,9 @@ its numbers say nothing about large models.</p>
 <p>Mean over held-out harmful requests, with the aligned model's own answer as prefix. Safety tokens:
 {" ".join(f"<code>{html.escape(token)}</code>" for token in tokens)}</p>
 {_image(_plot_probability(results), "Safety-token probability by response position")}
+<p>On this family S holds &ldquo;Sure&rdquo;, which begins compliant answers as well: mass on S alone does not tell a refusal.
+PACT sees those answers because of it, and not the ones that begin outside S (&ldquo;Steps:&rdquo;, &ldquo;Guide:&rdquo;); the
+tail does not depend on that.</p>
 <h2>Training</h2>
 {_image(_plot_training(logs), "Training curves")}
 <p>The KL is the one that each method constrains: within the safety tokens for PACT, of absolute probabilities (safety
