@@ -16,6 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pact_tune.errors import UserError
 
+# Llama 3.2's template writes the day on which it is rendered, unless it is given one. Equal data must be equal tokens
+# tomorrow (cached references, a run that is resumed after midnight), so it gets the day that Llama 3.1's template writes.
+DATE = "26 Jul 2024"
+
 
 class RejectedChat(UserError):
     """A chat that its chat template will not render, or only so that its responses cannot be located."""
@@ -110,7 +114,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], header: bool) -> str:
     """The chat as text; with ``header`` it ends with the header of the assistant turn to come."""
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header, date_string=DATE)
     except jinja2.TemplateError as error:
         raise RejectedChat(f"The chat template does not take this chat: {one_line(error)}.") from error
 

@@ -166,8 +166,14 @@ class ReferenceCache:
             size += len(conversation.tokens)
         return [pending for shard in shards if (pending := [c for c in shard if c not in self])]
 
-    def path_of(self, conversations: Sequence[Conversation]) -> Path:
-        """The file of the shard that holds exactly these conversations, in this order."""
+    def has_shard(self, conversations: Sequence[Conversation]) -> bool:
+        """Whether a shard of exactly these conversations lies there, which another process may have stored meanwhile."""
+        shard = self._path_of(conversations)
+        if shard.exists() and is_damaged(shard):
+            self._discard(shard)
+        return shard.exists()
+
+    def _path_of(self, conversations: Sequence[Conversation]) -> Path:
         keys = b"".join(conversation_key(c) for c in conversations)
         return self.directory / f"shard-{hashlib.blake2b(keys, digest_size=12).hexdigest()}.safetensors"
 
@@ -187,7 +193,7 @@ class ReferenceCache:
             "values": (values - maximum[:, None]).to(self.dtype),
             "maximum": maximum,
         }
-        with atomic_file(self.path_of(conversations)) as file:
+        with atomic_file(self._path_of(conversations)) as file:
             save_file(tensors, file, metadata={"checksum": _checksum(tensors)})
 
     def make_room(self, shards: Iterable[Sequence[Conversation]], width: int) -> list[str]:
@@ -272,9 +278,7 @@ def _summary(directory: Path) -> Summary:
     manifest = directory / "manifest.json"
     description = json.loads(manifest.read_text())
     last_used = manifest.stat().st_mtime
-    return Summary(
-        directory.name, description, len(shards), conversations, positions, _size(directory), last_used
-    )
+    return Summary(directory.name, description, len(shards), conversations, positions, _size(directory), last_used)
 
 
 def _size(directory: Path) -> int:

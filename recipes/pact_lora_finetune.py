@@ -108,6 +108,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.model = self.decoder.model
         self._setup_optimizer(state)
         self._setup_reference()
+        if state and not self.adapters:  # only now: the reference was the model as it was before the first step
+            lora.load(self.model, state["trained"], self.device)
 
     def _setup_steps(self) -> None:
         """How rows become steps; a last batch that is not full is trained on like any other."""
@@ -122,13 +124,19 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     def _setup_model(self, state: dict[str, Any] | None) -> torch.nn.Module:
         """Base weights from the checkpoint, adapter from the seed or from the state of the run to resume."""
         cfg = self.cfg
-        base = {name: tensor.to(self.dtype) for name, tensor in self.checkpointer.load().items()}
         distributed = self.world_size > 1
         with training.set_default_dtype(self.dtype), torch.device("meta" if distributed else self.device):
             model = lora.build(cfg.model, self.world_size)
         self.quantized = lora.quantized_names(model)
-        set_trainable_params(model, get_adapter_params(model))
-        adapter = state["adapter"] if state else lora.initial_adapter(model, base, cfg.seed)
+        self.adapters = bool(lora.modules(model))
+        if self.adapters:
+            set_trainable_params(model, get_adapter_params(model))
+        else:
+            self._check_full()
+        base = {name: tensor.to(self.dtype) for name, tensor in self.checkpointer.load().items()}
+        adapter = lora.initial_adapter(model, base, cfg.seed)
+        if state and self.adapters:
+            adapter = state["trained"]
         self.checkpointer.check(model, base | adapter)
         if cfg.compile:
             training.compile_model(model, verbose=self.rank == 0)
@@ -139,6 +147,17 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         else:
             model.load_state_dict(base | adapter)
         return model
+
+    def _check_full(self) -> None:
+        """Raises UserError where training all weights needs something that the config does not give."""
+        self._say("The model builder has no adapters: all weights are trained.")
+        if self.objective.views and self.cfg.reference_cache is None:
+            raise UserError(
+                "Full fine-tuning moves the weights that the reference is computed with, so it must be stored before the "
+                "first step: set reference_cache, or name a lora_* builder in model._component_."
+            )
+        if self.cfg.save_adapter_weights_only:
+            raise UserError("save_adapter_weights_only needs an adapter: set it to False, or name a lora_* builder.")
 
     def _setup_optimizer(self, state: dict[str, Any] | None) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -204,7 +223,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self._say(f"Reference cache: computing {sum(map(len, shards))} views into {self.cache.directory}")
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc="Reference", disable=self.rank != 0) as bar:
             for shard in mine:
-                if not self.cache.path_of(shard).exists():
+                if not self.cache.has_shard(shard):
                     parts = []
                     for batch in batches_of(shard):
                         parts += self._reference_of(batch)
@@ -399,7 +418,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         """State of the run to resume.
 
         Returns:
-            dict[str, Any]: adapter, optimizer, scheduler, global_step and the run's identity.
+            dict[str, Any]: trained weights, optimizer, scheduler, global_step and the run's identity.
 
         Raises:
             UserError: there is none, or it belongs to a run with other data or steps.
@@ -432,12 +451,12 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
 
     def _save_state(self) -> None:
         """Writes all that a resumption needs to one file, which is replaced as a whole."""
-        adapter = lora.gather(self.model)
+        trained = lora.gather(self.model)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         if self.rank == 0:
             state = {
-                "adapter": adapter,
+                "trained": trained,
                 "optimizer": optimizer,
                 "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
                 "global_step": self.global_step,
@@ -454,12 +473,16 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         Args:
             epoch (int): counted from 0; names the folder.
         """
-        adapter = lora.gather(self.model)
+        trained = lora.gather(self.model)
         if self.rank == 0:
-            base = None
-            if not self.cfg.save_adapter_weights_only:
-                base = lora.dequantized(self.checkpointer.load(), self.quantized, self.dtype)
-            directory = self.checkpointer.save(f"epoch_{epoch}", base, adapter, lora.spec(self.model), self._stamp(epoch))
+            name, stamp = f"epoch_{epoch}", self._stamp(epoch)
+            if self.adapters:
+                base = None
+                if not self.cfg.save_adapter_weights_only:
+                    base = lora.dequantized(self.checkpointer.load(), self.quantized, self.dtype)
+                directory = self.checkpointer.save(name, base, trained, lora.spec(self.model), stamp)
+            else:
+                directory = self.checkpointer.save(name, trained, {}, None, stamp)
             self._say(f"Saved {directory}")
         self._save_state()
 

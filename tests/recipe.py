@@ -145,6 +145,13 @@ def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40
     return path
 
 
+def full_finetuning(architecture: str) -> list[str]:
+    """Overrides that take the adapters away."""
+    name = ARCHITECTURES[architecture][0]["_component_"].replace("lora_", "")
+    keys = ("lora_attn_modules", "apply_lora_to_mlp", "lora_rank", "lora_alpha")
+    return [f"model._component_={name}", *(f"~model.{key}" for key in keys), "optimizer.lr=1e-3"]
+
+
 def tune_run(monkeypatch, config: Path | str, *overrides: str) -> int | str | None:
     """`tune run pact_lora_finetune --config CONFIG OVERRIDES` in this process; returns what it exits with."""
     argv = ["tune", "run", "pact_lora_finetune", "--config", str(config), *overrides]

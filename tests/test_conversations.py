@@ -121,6 +121,16 @@ def test_a_default_system_prompt_is_part_of_the_prompt(tmp_path):
     assert answers[0] == answers[1]
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(tmp_path):
+    """Llama 3.2's does, and fills in today unless it is told otherwise."""
+    dated = "{%- if not date_string is defined -%}{%- set date_string = strftime_now('%d %b %Y') -%}{%- endif -%}"
+    tokenizer = of_template(tmp_path, dated + "<|im_start|>Today Date: {{ date_string }}<|im_end|>\n" + CHAT_TEMPLATE)
+    assert "26 Jul 2024" not in tokenizer.apply_chat_template([USER], tokenize=False)
+    text = "<|im_start|>Today Date: 26 Jul 2024<|im_end|>\n<|im_start|>user\n"
+    for tokens in (render(tokenizer, CHATS["one turn"]).tokens, render_prompt(tokenizer, [USER])):
+        assert tokenizer.decode(tokens).startswith(text)
+
+
 def test_no_token_straddles_header_and_response(tmp_path):
     """A response that begins with what the header ends with keeps a token of its own, as when a model answers."""
     tokenizer = of_template(tmp_path, CHAT_TEMPLATE)

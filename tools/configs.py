@@ -150,7 +150,8 @@ def check(cfg: DictConfig) -> nn.Module:
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu"))
     with training.set_default_dtype(dtype), torch.device("meta"):
         model = lora.build(cfg.model)
-    set_trainable_params(model, get_adapter_params(model))
+    if lora.modules(model):
+        set_trainable_params(model, get_adapter_params(model))
     config.instantiate(cfg.loss)
     try:
         config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])

@@ -15,7 +15,7 @@ from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
 from pact_tune.stamp import fingerprint, read_stamp
 from pact_tune.torchtune import lora
-from pact_tune.torchtune.checkpoint import HFCheckpointer, merged_weight
+from pact_tune.torchtune.checkpoint import HFCheckpointer, StateDict, merged_weight
 
 ADAPTER_FILE = "adapter_model.safetensors"
 RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
@@ -68,42 +68,61 @@ def verify(directory: Path, base: str | None = None, data: str | None = None, ro
             f"The result in '{directory}' was trained without the constraint (method '{stamp['loss']['method']}'): train "
             "it with loss.lambda_kl above 0."
         )
-    adapter_folder = directory if (directory / ADAPTER_FILE).is_file() else directory / "adapter"
-    adapter = load_file(adapter_folder / ADAPTER_FILE)
-    if fingerprint(adapter) != stamp["adapter"]["fingerprint"]:
-        raise UserError(f"The adapter in '{adapter_folder}' is not the one that its pact.json was written for.")
     section = stamp["config"]["checkpointer"]
     checkpointer = HFCheckpointer(base or section["checkpoint_dir"], section["model_type"], str(directory))
     if checkpointer.weights_hash != stamp["reference"]["fingerprint"]:
         raise UserError(
             f"The weights in '{checkpointer.directory}' are not those that the result was trained from: name them with --base."
         )
-
-    reference_weights = _reference_weights(checkpointer, stamp)
-    merged_weights = _merge(
-        reference_weights, adapter, lora.LoRASpec(*(stamp["adapter"][k] for k in lora.LoRASpec._fields))
-    )
-    merged_exists = (directory / "config.json").is_file()
-    if merged_exists:
-        _compare(directory, merged_weights)
-    conversations = _sample(stamp, checkpointer.directory, data, rows)
     dtype = getattr(torch, stamp["reference"]["dtype"])
-    quantized = reference_weights if stamp["reference"]["quantized"] else {}
-    reference = _logprobs(_load(checkpointer.directory, dtype, quantized), conversations, "Reference")
-    result = _load(directory, dtype, {}) if merged_exists else _load(checkpointer.directory, dtype, merged_weights)
+    # The reference under Hugging Face's names; with QLoRA through NF4 and back.
+    weights = checkpointer.to_hf(lora.dequantized(checkpointer.load(), stamp["reference"]["quantized"], dtype))
+    merged = _check_adapter(directory, stamp, weights) if stamp["adapter"] else _check_weights(directory, stamp)
+
+    conversations = _sample(stamp, checkpointer.directory, data, rows)
+    replaced = weights if stamp["reference"]["quantized"] else {}
+    reference = _logprobs(_load(checkpointer.directory, dtype, replaced), conversations, "Reference")
+    if (directory / "config.json").is_file():
+        result = _load(directory, dtype, {})
+    else:
+        result = _load(checkpointer.directory, dtype, merged)
     kl = _kl(reference, _logprobs(result, conversations, "Result"))
     return {"loss": stamp["loss"], "final": stamp["final"], "rows": len(conversations), "kl": kl}
 
 
-def _reference_weights(checkpointer: HFCheckpointer, stamp: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The reference's weights under Hugging Face's names; with QLoRA through NF4 and back."""
-    dtype = getattr(torch, stamp["reference"]["dtype"])
-    return checkpointer.to_hf(lora.dequantized(checkpointer.load(), stamp["reference"]["quantized"], dtype))
+def _check_adapter(directory: Path, stamp: dict[str, Any], weights: StateDict) -> StateDict:
+    """Reference weights with the adapter merged, after checking it and the merged checkpoint, if there is one."""
+    folder = directory if (directory / ADAPTER_FILE).is_file() else directory / "adapter"
+    adapter = load_file(folder / ADAPTER_FILE)
+    if fingerprint(adapter) != stamp["adapter"]["fingerprint"]:
+        raise UserError(f"The adapter in '{folder}' is not the one that its pact.json was written for.")
+    merged = _merge(weights, adapter, lora.LoRASpec(*(stamp["adapter"][name] for name in lora.LoRASpec._fields)))
+    if not (directory / "config.json").is_file():
+        return merged
+    found = _read(directory)
+    for name, weight in merged.items():
+        # A last bit may differ: the export merged in torchtune's order of rows.
+        if name not in found or not torch.allclose(found[name].float(), weight.float(), rtol=2e-2, atol=1e-6):
+            raise UserError(f"The merged checkpoint in '{directory}' is not its base with its adapter: {name} differs.")
+    return merged
 
 
-def _merge(
-    weights: dict[str, torch.Tensor], adapter: dict[str, torch.Tensor], spec: lora.LoRASpec
-) -> dict[str, torch.Tensor]:
+def _check_weights(directory: Path, stamp: dict[str, Any]) -> StateDict:
+    """The weights of a full fine-tuning, after checking them."""
+    found = _read(directory)
+    if fingerprint(found) != stamp["weights"]:
+        raise UserError(f"The weights in '{directory}' are not those that its pact.json was written for.")
+    return found
+
+
+def _read(directory: Path) -> StateDict:
+    weights: StateDict = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def _merge(weights: StateDict, adapter: StateDict, spec: lora.LoRASpec) -> StateDict:
     """Reference weights with a PEFT adapter merged."""
     merged = dict(weights)
     for key, a in adapter.items():
@@ -115,18 +134,7 @@ def _merge(
     return merged
 
 
-def _compare(directory: Path, expected: dict[str, torch.Tensor]) -> None:
-    """Raises UserError when the merged checkpoint is not reference + adapter."""
-    found: dict[str, torch.Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    for name, weight in expected.items():
-        # A last bit may differ: the export merged in torchtune's order of rows.
-        if name not in found or not torch.allclose(found[name].float(), weight.float(), rtol=2e-2, atol=1e-6):
-            raise UserError(f"The merged checkpoint in '{directory}' is not its base with its adapter: {name} differs.")
-
-
-def _load(folder: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype, weights: StateDict) -> PreTrainedModel:
     """A model in transformers, some of its weights replaced."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Eager attention is the only one that computes Gemma 2's soft-cap everywhere.

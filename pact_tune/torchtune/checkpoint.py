@@ -152,16 +152,16 @@ class HFCheckpointer:
                 )
 
     def save(
-        self, name: str, base: StateDict | None, adapter: StateDict, spec: LoRASpec, notes: dict[str, Any]
+        self, name: str, base: StateDict | None, adapter: StateDict, spec: LoRASpec | None, stamp: dict[str, Any]
     ) -> Path:
-        """Writes one result folder: the merged checkpoint where ``base`` is given, and ``adapter/`` in PEFT's format.
+        """Writes one result folder: a whole checkpoint where ``base`` is given, ``adapter/`` where ``spec`` is, pact.json.
 
         Args:
             name (str): folder below ``output_dir``.
-            base (StateDict | None): base weights under torchtune's names, on the CPU; they are not changed.
-            adapter (StateDict): LoRA weights under torchtune's names.
-            spec (LoRASpec): rank, alpha and kind of the adapter.
-            notes (dict[str, Any]): how the model was made; goes to pact.json.
+            base (StateDict | None): weights under torchtune's names, on the CPU; they are not changed.
+            adapter (StateDict): LoRA weights under torchtune's names, merged into ``base``; empty in full fine-tuning.
+            spec (LoRASpec | None): rank, alpha and kind of the adapter; None in full fine-tuning.
+            stamp (dict[str, Any]): how the model was made; goes to pact.json.
 
         Returns:
             Path: the folder; it appears whole or not at all.
@@ -170,30 +170,40 @@ class HFCheckpointer:
         with atomic_folder(directory) as folder:
             if base is not None:
                 merged = self.to_hf(merge(base, adapter, spec))
-                save_torch_state_dict({k: v.contiguous() for k, v in merged.items()}, folder)
-                for file in self.directory.iterdir():
-                    if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                        shutil.copyfile(file, folder / file.name)
-            # In a folder of its own: transformers would otherwise load the adapter, not the merged weights beside it.
-            (folder / "adapter").mkdir()
-            peft = self.peft_adapter(adapter)
-            save_file(peft, folder / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
-            config = {
-                "peft_type": "LORA",
-                "task_type": "CAUSAL_LM",
-                "base_model_name_or_path": str(self.directory.resolve()),
-                "r": spec.rank,
-                "lora_alpha": spec.alpha,
-                "use_dora": spec.dora,
-                "target_modules": sorted({key.split(".")[-3] for key in peft if key.endswith(".lora_B.weight")}),
-                "bias": "none",
-                "inference_mode": True,
-            }
-            (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-            stamp = notes | {"adapter": {**spec._asdict(), "fingerprint": fingerprint(peft)}}
-            for place in (folder, folder / "adapter"):  # adapters are often published alone
-                write_stamp(place, stamp)
+                self._write_model(folder, merged)
+            if spec is None:
+                stamp |= {"adapter": None, "weights": fingerprint(merged)}
+            else:
+                # In a folder of its own: transformers would otherwise load the adapter, not the weights beside it.
+                (folder / "adapter").mkdir()
+                peft = self.peft_adapter(adapter)
+                self._write_adapter(folder / "adapter", peft, spec)
+                stamp |= {"adapter": {**spec._asdict(), "fingerprint": fingerprint(peft)}}
+                write_stamp(folder / "adapter", stamp)  # adapters are often published alone
+            write_stamp(folder, stamp)
         return directory
+
+    def _write_model(self, folder: Path, weights: StateDict) -> None:
+        """Weights under Hugging Face's names, in shards, and whatever else lies beside the base's weights."""
+        save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, folder)
+        for file in self.directory.iterdir():
+            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copyfile(file, folder / file.name)
+
+    def _write_adapter(self, folder: Path, peft: StateDict, spec: LoRASpec) -> None:
+        save_file(peft, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": str(self.directory.resolve()),
+            "r": spec.rank,
+            "lora_alpha": spec.alpha,
+            "use_dora": spec.dora,
+            "target_modules": sorted({key.split(".")[-3] for key in peft if key.endswith(".lora_B.weight")}),
+            "bias": "none",
+            "inference_mode": True,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def peft_adapter(self, adapter: StateDict) -> StateDict:
         """LoRA or DoRA weights under PEFT's names.
@@ -295,7 +305,7 @@ def constants_of_model(model: nn.Module) -> dict[str, Any]:
     return constants
 
 
-def merge(base: StateDict, adapter: StateDict, spec: LoRASpec) -> StateDict:
+def merge(base: StateDict, adapter: StateDict, spec: LoRASpec | None) -> StateDict:
     """Base weights with the adapter merged; ``base`` is left as it is.
 
     torchtune's own function adds in place, which on the CPU changes the weights of the model that is still training.

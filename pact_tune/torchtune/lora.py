@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config, training
@@ -38,7 +39,7 @@ def modules(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
 
 
 def build(cfg_model: DictConfig, world_size: int = 1) -> nn.Module:
-    """Builds a model with adapters, on the current device.
+    """Builds a model, with adapters or without, on the current device.
 
     Args:
         cfg_model (DictConfig): section `model` of the config.
@@ -55,7 +56,9 @@ def build(cfg_model: DictConfig, world_size: int = 1) -> nn.Module:
     try:
         model = config.instantiate(cfg_model)
     except (TypeError, ValueError, AssertionError) as error:
-        hint = f" (quantize_base takes weights in multiples of {NF4_BLOCK} only)" if cfg_model.get("quantize_base") else ""
+        hint = (
+            f" (quantize_base takes weights in multiples of {NF4_BLOCK} only)" if cfg_model.get("quantize_base") else ""
+        )
         raise UserError(f"Section 'model' cannot be built: {error}{hint}") from error
     _check(model, world_size)
     return model
@@ -68,10 +71,6 @@ def _check(model: nn.Module, world_size: int) -> None:
             "logits): name one of pact_tune.torchtune.gemma2, such as lora_gemma2_9b, in model._component_."
         )
     layers = modules(model)
-    if not layers:
-        raise UserError(
-            "The model has no LoRA layers: name a lora_* builder, and lora_attn_modules that are not empty."
-        )
     dora = [name for name, layer in layers.items() if isinstance(layer, DoRALinear)]
     if biased := [name for name in dora if layers[name].use_bias]:
         raise UserError(
@@ -180,6 +179,20 @@ def shard(
                 module.rope_init()
     training.load_from_full_model_state_dict(model, base | adapter, device, strict=True)
     training.validate_no_params_on_meta_device(model)
+
+
+def load(model: nn.Module, trained: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Puts trained weights back into a model; the inverse of :func:`gather`.
+
+    Args:
+        model (nn.Module): sharded or not.
+        trained (dict[str, torch.Tensor]): whole tensors on the CPU.
+        device (torch.device): where the model lies.
+    """
+    if isinstance(model, FSDPModule):
+        training.load_from_full_model_state_dict(model, dict(trained), device)
+    else:
+        model.load_state_dict(trained, strict=False)
 
 
 def gather(model: nn.Module) -> dict[str, torch.Tensor]:

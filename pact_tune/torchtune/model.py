@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchtune.modules import TiedLinear, TransformerDecoder
-from torchtune.modules.peft import LoRALinear, disable_adapter
+from torchtune.modules.peft import disable_adapter
 
 from pact_tune.batching import Batch, collate
 from pact_tune.conversations import Conversation
@@ -102,6 +102,7 @@ class Decoder:
         return output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
 
     def _head_parameters(self) -> list[nn.Parameter]:
-        """What is trained in the head: LoRA's two matrices, or nothing."""
+        """What is trained in the head: an adapter, the head itself in full fine-tuning, or nothing."""
         output = self.model.output
-        return [output.lora_a.weight, output.lora_b.weight] if isinstance(output, LoRALinear) else []
+        parameters = [output.tied_module.weight] if isinstance(output, TiedLinear) else output.parameters()
+        return [parameter for parameter in parameters if parameter.requires_grad]

@@ -1,0 +1,116 @@
+"""Full fine-tuning: the reference comes from the cache, filled before the first step."""
+
+import json
+
+import pytest
+import torch
+from recipe import full_finetuning, logged, tune_run, tune_run_processes, write_workspace
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pact_tune import cli
+from pact_tune.torchtune.checkpoint import HFCheckpointer
+from pact_tune.torchtune.model import Decoder
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2"])
+def test_result_is_the_trained_model_and_the_reference_the_one_before(tmp_path, monkeypatch, architecture):
+    config = write_workspace(tmp_path, architecture, rows=16)
+    last = []
+    original = Decoder.loss
+
+    def loss(self, batch, *rest):
+        last[:] = [self, batch]
+        return original(self, batch, *rest)
+
+    monkeypatch.setattr(Decoder, "loss", loss)
+    arguments = [f"output_dir={tmp_path}/out", "loss.preset=tail", "epochs=2", *full_finetuning(architecture)]
+    assert tune_run(monkeypatch, config, *arguments) is None
+    kl = logged(tmp_path / "out", "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-3
+    assert logged(tmp_path / "out", "ce")[-1] < logged(tmp_path / "out", "ce")[0]
+    result = tmp_path / "out" / "epoch_1"
+    assert not (result / "adapter").exists()
+    decoder, batch = last
+    with torch.no_grad():
+        live = decoder._forward(batch.tokens, decoder._logits)
+        model = AutoModelForCausalLM.from_pretrained(result, attn_implementation="eager")
+        torch.testing.assert_close(model(batch.tokens).logits, live, atol=1e-4, rtol=0)
+    base, tuned = load_file(tmp_path / "model" / "model.safetensors"), load_file(result / "model.safetensors")
+    moved = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert moved == base.keys()  # the embedding, the head and all norms, too
+
+    assert cli.main(["verify", str(result), "--rows", "4"]) == 0
+    stamp = json.loads((result / "pact.json").read_text())
+    (result / "pact.json").write_text(json.dumps(stamp | {"weights": "0" * 32}))
+    assert cli.main(["verify", str(result), "--rows", "4"]) == 1
+
+
+def test_gradient_of_all_weights_is_autograds(tmp_path, monkeypatch):
+    """One SGD step against autograd on transformers: the loss's own gradient of the head is right, tied or not."""
+    for architecture in ("qwen2", "llama"):
+        config = write_workspace(tmp_path / architecture, architecture, rows=4)
+        sgd = ["optimizer._component_=torch.optim.SGD", "loss.lambda_kl=0", "max_steps_per_epoch=1"]
+        out = tmp_path / architecture / "out"
+        overrides = [f"output_dir={out}", *full_finetuning(architecture), "optimizer.lr=0.1", *sgd]
+        batches = []
+        original = Decoder.loss
+
+        def loss(self, batch, *rest, original=original, batches=batches):
+            batches.append(batch)
+            return original(self, batch, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "loss", loss)
+            assert tune_run(monkeypatch, config, *overrides) is None
+        (batch,) = batches
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / architecture / "model")
+        logits = model(batch.tokens).logits.flatten(0, 1)[batch.index]
+        torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+        tuned = load_file(out / "epoch_0" / "model.safetensors")
+        for name, parameter in model.named_parameters():
+            expected = parameter.detach() - 0.1 * parameter.grad
+            torch.testing.assert_close(tuned[name], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypatch):
+    config = write_workspace(tmp_path, "qwen2_untied", rows=16)
+    common = ["epochs=2", "loss.preset=tail", *full_finetuning("qwen2_untied")]
+    assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/one", *common) is None
+    save = HFCheckpointer.save
+
+    def cut_off(self, name, *rest):
+        if name == "epoch_1":
+            raise KeyboardInterrupt
+        return save(self, name, *rest)
+
+    # An empty cache on resuming: the reference is computed again, from the weights before the first step.
+    for cache, patch_name in (("a", cut_off), ("b", save)):
+        monkeypatch.setattr(HFCheckpointer, "save", patch_name)
+        arguments = [f"output_dir={tmp_path}/cut", f"reference_cache.directory={tmp_path}/{cache}", *common]
+        if cache == "a":
+            with pytest.raises(KeyboardInterrupt):
+                tune_run(monkeypatch, config, *arguments)
+        else:
+            assert tune_run(monkeypatch, config, *arguments, "resume_from_checkpoint=True") is None
+    one, cut = (load_file(tmp_path / name / "epoch_1" / "model.safetensors") for name in ("one", "cut"))
+    assert all(torch.equal(one[name], cut[name]) for name in one)
+
+    two = [f"output_dir={tmp_path}/two", f"reference_cache.directory={tmp_path}/c", "batch_size=2", *common]
+    process = tune_run_processes(config, *two, processes=2)
+    assert process.returncode == 0, process.stderr
+    losses = logged(tmp_path / "one", "loss")
+    assert logged(tmp_path / "two", "loss") == pytest.approx(losses, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("reference_cache=null", "must be stored before the first step"),
+        ("save_adapter_weights_only=True", "an adapter"),
+    ],
+)
+def test_full_finetuning_without_what_it_needs_is_refused(tmp_path, monkeypatch, override, words):
+    config = write_workspace(tmp_path, rows=4)
+    message = tune_run(monkeypatch, config, f"output_dir={tmp_path}/out", override, *full_finetuning("qwen2"))
+    assert isinstance(message, str) and words in message
