@@ -144,7 +144,7 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
         )
     lines += [
         "",
-        "The goal of 10 times is not a property of the scoring step on a CPU: the exact sums need the head's product and "
+        "No large factor can be had from the scoring step on a CPU: the exact sums need the head's product and "
         "one exponential for each position and token, and the published procedure pays for the same.",
     ]
     with atomic_file(RESULTS / "identification_cpu.md") as path:

@@ -7,7 +7,7 @@ from benchmarks.published import published_loss
 from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from torchtune import config
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
@@ -25,6 +25,18 @@ benchmark.SIZES["wide"] = benchmark._qwen2(4000, 1, 2, 2, 32, 64)
 benchmark.WORKS["short"] = ([(20, 40), (30, 25)], None)
 benchmark.WORKS["long"] = ([(20, 400)], None)
 SHAPE = (8, "cpu", False)
+
+
+class Flops(TorchDispatchMode):
+    """Adds up floating-point operations; FlopCounterMode's hooks do not bear a gradient taken inside a forward."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in flop_registry:
+            self.total += flop_registry[function.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class Operations(TorchDispatchMode):
@@ -52,9 +64,9 @@ def recipe_of(folder, size, work, **overrides):
 
 
 def flops(step) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         step([0, 1])
-    return counter.get_total_flops()
+    return counter.total
 
 
 def test_flops_of_a_step(tmp_path):
@@ -158,7 +170,7 @@ def test_official_preset_is_the_published_procedure(tmp_path, work, tolerance):
     ours = loss_and_gradients(recipe, [0, 1])
 
     model, reference = benchmark._plain_model(cfg), benchmark._plain_model(cfg).requires_grad_(False)
-    trained(type("Recipe", (), {"model": model}))
+    model.load_state_dict({n: p.detach() for n, p in recipe.model.named_parameters() if "lora" in n}, strict=False)
     loss = published_loss(
         model, reference, recipe.dataset.conversations[:2], response_only_prefix(recipe.tokenizer, bos=False),
         recipe.objective.columns.ids, recipe.objective.weights, 1.0, recipe.tokenizer.pad_token_id,
@@ -189,23 +201,24 @@ def test_the_step_never_waits_for_the_device_and_has_no_loop_over_rows(tmp_path,
     assert counts[0] == counts[1]
 
 
+# TFLOP of the warm step: 2 rows of 128 + 128 tokens, no recomputation. Llama 3 has the shapes of Llama 3.1, whose
+# rotary embeddings cannot be made without data.
 TRUE_SIZES = {
-    # Builder, vocabulary, TFLOP of the warm step (2 rows of 128 + 128 tokens, no recomputation)
-    "Qwen2.5-7B": ("Qwen2.5-7B", 152064, 13.9),
-    "Llama-3.1-8B": ("Llama-3.1-8B", 128256, 14.8),
+    "Qwen2.5-7B": (benchmark.SIZES["Qwen2.5-7B"], 13.9),
+    "Llama-3.1-8B": ({"_component_": "torchtune.models.llama3.lora_llama3_8b"}, 14.8),
 }
 
 
 @pytest.mark.parametrize("name", TRUE_SIZES)
 def test_counts_at_true_sizes(name):
     """On tensors without data: nothing is computed, every operation is counted."""
-    size, vocabulary, expected = TRUE_SIZES[name]
+    section, expected = TRUE_SIZES[name]
     rows = [Conversation(list(range(100, 356)), [(128, 256)]), Conversation(list(range(400, 656)), [(128, 256)])]
     with FakeTensorMode(), torch.device("cpu"):
 
         def network():
             torch.set_default_dtype(torch.bfloat16)
-            model = config.instantiate(OmegaConf.create(benchmark.SIZES[size] | benchmark.LORA))
+            model = config.instantiate(OmegaConf.create(section | benchmark.LORA))
             torch.set_default_dtype(torch.float32)
             set_trainable_params(model, get_adapter_params(model))
             return model
@@ -216,9 +229,9 @@ def test_counts_at_true_sizes(name):
         reference = Reference(torch.zeros(256, 50), torch.zeros(256, 50))
 
         def count(work):
-            with FlopCounterMode(display=False) as counter:
+            with Flops() as counter:
                 work().backward()
-            return counter.get_total_flops() / 1e12
+            return counter.total / 1e12
 
         def ours(objective, reference):
             decoder = Decoder(network(), 0, torch.device("cpu"))
