@@ -9,7 +9,7 @@ The training loop knows this interface and no names:
     metric_names       names of the numbers that __call__ returns beside the loss, each summed over positions
     total(...)         the loss, from the means of those numbers
     settings()         method and every setting, for the stamp that a result carries
-    prepare(...)       checks against tokenizer and vocabulary, before any weight is loaded
+    prepare(...)       checks against tokenizer and vocabulary, before any weight is loaded; a line for the log
     __call__(...)      the loss summed over positions, and the metrics
 """
 
@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pact_tune.errors import UserError
 from pact_tune.head import Columns, Readout
+from pact_tune.hub import NotPublishedError
 from pact_tune.losses import VOCABULARY, PACTConfig, pact_loss, str_loss
-from pact_tune.safety_tokens import SafetyTokens
+from pact_tune.safety_tokens import SafetyTokens, safety_tokens_from_templates
 
 # Beyond the response position where the mixing weight of Eq. 8 has fallen to this, the response-only view is left out.
 NEGLIGIBLE_GATE = 1e-3
@@ -56,8 +57,9 @@ class SFT:
     response_only_tokens: int | None = None
     metric_names: tuple[str, ...] = ("ce",)
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
         """Nothing to check."""
+        return "Objective: plain SFT, without a constraint."
 
     def to(self, device: torch.device) -> None:
         """Nothing to move."""
@@ -78,37 +80,71 @@ class SFT:
         return ce, ce.detach()[None]
 
 
+@dataclass(frozen=True)
+class TokenSource:
+    """Where the safety tokens of a run come from.
+
+    Attributes:
+        source (str | None): folder, Hub repository or known name; None only with ``k: vocabulary``.
+        revision (str | None): of the Hub repository.
+        subfolder (str | None): of the folder or repository.
+        template_fallback (bool): take tokens from refusal templates where nobody has published a known name's.
+    """
+
+    source: str | None
+    revision: str | None = None
+    subfolder: str | None = None
+    template_fallback: bool = False
+
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[SafetyTokens, str]:
+        """The safety tokens, and a line for the log with a place for their number."""
+        try:
+            tokens = SafetyTokens.load(self.source, revision=self.revision, subfolder=self.subfolder)
+        except NotPublishedError as error:
+            if not self.template_fallback:
+                raise UserError(
+                    f"{error}; or use tokens from refusal templates, loss.template_fallback=True."
+                ) from error
+            said = (
+                f"WARNING: nobody has published safety tokens for '{self.source}', so {{k}} tokens from refusal templates "
+                "are used (loss.template_fallback); their weights were not measured."
+            )
+            return safety_tokens_from_templates(tokenizer), said
+        return tokens, f"Safety tokens: {{k}} of '{self.source}' ({tokens.provenance['method']})."
+
+
 class _Constrained(SFT):
     """Cross-entropy plus a constraint on the logits of safety tokens."""
 
     tail = False
 
-    def __init__(self, safety_tokens: str, revision: str | None, subfolder: str | None) -> None:
-        self.source = {"source": safety_tokens, "revision": revision, "subfolder": subfolder}
+    def __init__(self, source: "TokenSource") -> None:
+        self.source = source
         self.safety_tokens: SafetyTokens | None = None
 
     def select(self, tokens: SafetyTokens) -> SafetyTokens:
         return tokens
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
         """Loads the safety tokens and checks that they belong to this model.
 
         Args:
             tokenizer (PreTrainedTokenizerBase): the run's tokenizer.
             vocab_size (int): rows of the model's output head.
 
+        Returns:
+            str: which tokens are used, for the log.
+
         Raises:
             UserError: not found, damaged, of another tokenizer, or past the vocabulary.
         """
-        tokens = SafetyTokens.load(**self.source)
+        tokens, said = self.source.load(tokenizer)
         tokens.check_vocabulary(vocab_size)
         tokens.check_tokenizer(tokenizer)
-        self._use(self.select(tokens))
-
-    def _use(self, tokens: SafetyTokens) -> None:
-        self.safety_tokens = tokens
-        self.columns = Columns(tokens.ids, self.tail)
-        self.weights = tokens.weights
+        self.safety_tokens = self.select(tokens)
+        self.columns = Columns(self.safety_tokens.ids, self.tail)
+        self.weights = self.safety_tokens.weights
+        return said.format(k=len(self.safety_tokens))
 
     def to(self, device: torch.device) -> None:
         """Moves the safety tokens to ``device``."""
@@ -120,19 +156,15 @@ class PACT(_Constrained):
     """PACT (arXiv 2603.07445, Eq. 9): cross-entropy + lambda_kl * KL on the safety tokens.
 
     Args:
-        safety_tokens (str | None): folder, Hub repository or known name; None only with ``k: vocabulary``.
+        source (TokenSource): where the safety tokens come from.
         config (PACTConfig): the knobs.
-        revision (str | None): of the Hub repository.
-        subfolder (str | None): of the folder or repository.
     """
 
     metric_names = ("ce", "kl", "gate")
 
-    def __init__(
-        self, safety_tokens: str | None, config: PACTConfig, revision: str | None = None, subfolder: str | None = None
-    ) -> None:
-        super().__init__(safety_tokens, revision, subfolder)
-        if safety_tokens is None and config.k != VOCABULARY:
+    def __init__(self, source: TokenSource, config: PACTConfig) -> None:
+        super().__init__(source)
+        if source.source is None and config.k != VOCABULARY:
             raise UserError(
                 "Section 'loss' names no safety_tokens: give a folder made by `pact tokens compute`, a Hub repository, "
                 "or a known model name."
@@ -156,11 +188,12 @@ class PACT(_Constrained):
     def select(self, tokens: SafetyTokens) -> SafetyTokens:
         return tokens.select(self.config.k, self.config.ranking, self.config.weighting)
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> str:
         if self.config.k != VOCABULARY:
             return super().prepare(tokenizer, vocab_size)
         self.columns = Columns(torch.arange(vocab_size), tail=False)
         self.weights = torch.ones(vocab_size)
+        return f"Safety tokens: all {vocab_size} of the vocabulary."
 
     def __call__(
         self, student: Readout, reference: Reference, position: torch.Tensor
@@ -175,19 +208,15 @@ class STR(_Constrained):
     """STR (arXiv 2604.17210), our reading of the abstract: cross-entropy + lambda_str * squared logit difference.
 
     Args:
-        safety_tokens (str): folder, Hub repository or known name of the refusal tokens; all of them are used.
-        lambda_str (float): weight of the constraint; 0.1 is our choice, the paper's text was not available.
-        revision (str | None): of the Hub repository.
-        subfolder (str | None): of the folder or repository.
+        source (TokenSource): where the refusal tokens come from; all of them are used.
+        lambda_str (float): weight of the constraint.
     """
 
     views = ("full",)
     metric_names = ("ce", "str")
 
-    def __init__(
-        self, safety_tokens: str, lambda_str: float = 0.1, revision: str | None = None, subfolder: str | None = None
-    ) -> None:
-        super().__init__(safety_tokens, revision, subfolder)
+    def __init__(self, source: TokenSource, lambda_str: float) -> None:
+        super().__init__(source)
         self.lambda_str = lambda_str
 
     def settings(self) -> dict[str, Any]:
@@ -220,6 +249,7 @@ def pact(
     preset: str = "paper",
     revision: str | None = None,
     subfolder: str | None = None,
+    template_fallback: bool = False,
     **overrides: Any,
 ) -> SFT:
     """PACT, or plain SFT when lambda_kl is 0: no reference is run then, and the numbers are the same bit for bit.
@@ -229,6 +259,7 @@ def pact(
         preset (str): "paper", "official" or "tail".
         revision (str | None): of the Hub repository.
         subfolder (str | None): of the folder or repository.
+        template_fallback (bool): take tokens from refusal templates where nobody has published a known name's.
         **overrides: fields of :class:`pact_tune.PACTConfig`.
 
     Returns:
@@ -238,9 +269,30 @@ def pact(
         UserError: unknown preset or field, a value out of range, or no safety tokens named.
     """
     config = PACTConfig.preset(preset, **overrides)
-    return SFT() if config.lambda_kl == 0 else PACT(safety_tokens, config, revision, subfolder)
+    if config.lambda_kl == 0:
+        return SFT()
+    return PACT(TokenSource(safety_tokens, revision, subfolder, template_fallback), config)
 
 
-def str_(safety_tokens: str, lambda_str: float = 0.1, revision: str | None = None, subfolder: str | None = None) -> SFT:
-    """STR (our reading), or plain SFT when lambda_str is 0; arguments as :class:`STR`."""
-    return SFT() if lambda_str == 0 else STR(safety_tokens, lambda_str, revision, subfolder)
+def str_(
+    safety_tokens: str,
+    lambda_str: float = 0.1,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    template_fallback: bool = False,
+) -> SFT:
+    """STR (our reading), or plain SFT when lambda_str is 0.
+
+    Args:
+        safety_tokens (str): folder, Hub repository or known name of the refusal tokens; all of them are used.
+        lambda_str (float): weight of the constraint; 0.1 is our choice, the paper's text was not available.
+        revision (str | None): of the Hub repository.
+        subfolder (str | None): of the folder or repository.
+        template_fallback (bool): take tokens from refusal templates where nobody has published a known name's.
+
+    Returns:
+        SFT: the objective.
+    """
+    if lambda_str == 0:
+        return SFT()
+    return STR(TokenSource(safety_tokens, revision, subfolder, template_fallback), lambda_str)

@@ -92,7 +92,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.tokenizer = config.instantiate(cfg.tokenizer)
         self.checkpointer = config.instantiate(cfg.checkpointer)
         self.objective = config.instantiate(cfg.loss)
-        self.objective.prepare(self.tokenizer, self.checkpointer.vocab_size)
+        self._say(self.objective.prepare(self.tokenizer, self.checkpointer.vocab_size))
         self.dataset = config.instantiate(cfg.dataset, self.tokenizer)
         for counts in self.dataset.counts:
             self._say(f"Data: {counts}")

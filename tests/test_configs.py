@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from torchao.dtypes import nf4tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_tune import cli, hub
 from pact_tune.tools.configs import check, load, memory
+from pact_tune.torchtune import lora
 from pact_tune.torchtune.checkpoint import HFCheckpointer
 from pact_tune.torchtune.config import config_names, find_config
 from pact_tune.torchtune.memory import GIB
@@ -59,6 +61,21 @@ def published_weights(config: dict) -> dict[str, torch.Tensor]:
     return weights
 
 
+@pytest.fixture(autouse=True)
+def nf4_once_a_shape(monkeypatch):
+    """torchao takes some hundred small operations to quantise a weight on the meta device; a 70B model has 560."""
+    quantized = {}
+
+    def to_nf4(weight, **options):
+        key = (tuple(weight.shape), weight.dtype)
+        if not weight.is_meta or key not in quantized:
+            quantized[key] = nf4tensor.to_nf4(weight, **options)
+        return quantized[key]
+
+    monkeypatch.setattr("torchtune.modules.peft.lora.to_nf4", to_nf4)
+    monkeypatch.setattr("torchtune.modules.low_precision.nf4_linear.to_nf4", to_nf4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path):
     cfg = load(find_config(name))
@@ -69,7 +86,7 @@ def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path)
     (tmp_path / "model.safetensors").touch()
     checkpointer = HFCheckpointer(str(tmp_path), cfg.checkpointer.model_type, str(tmp_path))
     base = checkpointer._to_tune(published_weights(config), **checkpointer._shape, **checkpointer._tied)
-    adapter = {key: value for key, value in model.state_dict().items() if ".lora_" in key}
+    adapter = {key: value for key, value in model.named_parameters() if ".lora_" in key}
     checkpointer.check(model, base | adapter)
 
     header = find_config(name).read_text().split("\n\n")[0]
@@ -81,6 +98,8 @@ def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path)
     )
     assert f"pact tokens compute {command}" in header and f"pact_lora_finetune --config {name}" in header
     estimates = [int(number) for number in re.findall(r"\d x (\d+) GiB", header)]
+    for processes in {int(number) for number in re.findall(r"nproc_per_node (\d+)", header)}:
+        lora._check(model, processes)
     assert estimates == [round(memory(cfg, model, processes) / GIB) for processes in (1, 2, 4, 8)]
 
 

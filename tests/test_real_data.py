@@ -152,9 +152,7 @@ def test_every_row_is_tokenized_and_counted(family):
         assert counts.too_long == entry["rows"] - counts.used > 0
 
 
-@pytest.mark.parametrize(
-    ("source", "preset"), [("sst2", "paper"), ("sst2", "tail"), ("gsm8k", "paper"), ("gsm8k", "tail")]
-)
+@pytest.mark.parametrize(("source", "preset"), [("sst2", "paper"), ("gsm8k", "tail")])
 def test_one_and_two_processes_have_equal_losses(family, tmp_path, source, preset):
     """20 steps in fp32 at the same global batch; the first loss is also that of transformers."""
     seconds = {}

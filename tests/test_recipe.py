@@ -300,6 +300,12 @@ def test_mass_on_the_safety_tokens_is_reported_and_warned_of(workspace, tmp_path
     assert "WARNING: more than half of the mass" in capsys.readouterr().out
 
 
+def test_template_fallback_is_allowed_and_said(workspace, tmp_path, monkeypatch, capsys):
+    arguments = ["loss.safety_tokens=qwen2.5-7b-instruct", "loss.template_fallback=True", "max_steps_per_epoch=1"]
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}", *arguments) is None
+    assert "their weights were not measured" in capsys.readouterr().out
+
+
 def foreign_tokens(workspace, folder, **provenance):
     tokens = SafetyTokens.load(workspace.parent / "safety_tokens")
     changed = SafetyTokens(
@@ -314,6 +320,7 @@ BAD_INPUT = {
     "tokens of another tokenizer": (lambda w, d: [f"loss.safety_tokens={foreign_tokens(w, d / 't', tokenizer_fingerprint='0' * 32)}"], "made with tokenizer 00000000"),
     "ids past the vocabulary": (lambda w, d: [f"loss.safety_tokens={foreign_tokens(w, d / 't', shift=1000)}"], "past the model's vocabulary"),
     "no safety tokens there": (lambda w, d: [f"loss.safety_tokens={d}"], "holds no safety tokens"),
+    "known name that nobody published": (lambda w, d: ["loss.safety_tokens=qwen2.5-7b-instruct"], "loss.template_fallback=True"),
     "empty data set": (lambda w, d: [f"dataset.source={write_rows(d / 'empty.jsonl', 0)}"], "holds no rows"),
     "no such data": (lambda w, d: ["dataset.source=nowhere.jsonl"], "does not exist"),
     "misspelt key": (lambda w, d: ["bacth_size=3"], "did you mean 'batch_size'"),
