@@ -18,6 +18,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks
 
 .venv/installed: pyproject.toml constraints.txt
+	@echo "Setting up .venv with the tested versions; this downloads PyTorch and takes a few minutes."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
