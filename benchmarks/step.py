@@ -40,6 +40,8 @@ from benchmarks.published import PAD_TO, published_loss
 from pact_tune.conversations import Conversation, load_tokenizer, response_only_prefix, tokenizer_fingerprint
 from pact_tune.data import ChatDataset, Counts
 from pact_tune.demo import demo_family_path
+from pact_tune.objectives import SFT
+from pact_tune.reference_cache import ReferenceCache
 from pact_tune.safety_tokens import SafetyTokens
 from pact_tune.torchtune.config import complete
 from pact_tune.version import __version__
@@ -82,6 +84,7 @@ SETS = {
     ],
     "gpu": [(size, work) for size in ("Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Gemma-2-9B") for work in WORKS],
 }  # fmt: skip
+DTYPES = {"cpu": ("fp32", torch.float32), "cuda": ("bf16", torch.bfloat16)}
 VARIANTS = ("torchtune", "sft", "sft again", "cold", "warm", "published")
 
 
@@ -137,7 +140,7 @@ class RandomCheckpointer:
         weights = {}
         for name, tensor in model.state_dict().items():
             if "lora" not in name:
-                weights[name] = torch.ones(tensor.shape, device=self.device)
+                weights[name] = torch.ones(tensor.shape, device=self.device, dtype=DTYPES[self.device][1])
                 if tensor.ndim > 1 or name.endswith("bias"):
                     weights[name].normal_(0, 0.02, generator=generator)
         return weights
@@ -176,7 +179,7 @@ def make_config(
         "epochs": 3,
         "shuffle": False,
         "device": device,
-        "dtype": "fp32" if device == "cpu" else "bf16",
+        "dtype": DTYPES[device][0],
         "enable_activation_checkpointing": checkpointing,
     }  # fmt: skip
     return complete(OmegaConf.merge(cfg, OmegaConf.create(overrides)))
@@ -284,6 +287,23 @@ def make_step(variant: str, folder: Path, *shape: Any) -> Callable[[list[int]], 
     return make_recipe(make_config(folder, *shape, **overrides[variant]))._step
 
 
+def recipe_steps(recipe: pact_lora_finetune.PACTLoRAFinetuneRecipe) -> dict[str, Callable[[list[int]], Any]]:
+    """The variants that are steps of the recipe, on one network, so that true sizes fit a GPU beside the others."""
+    pact, cache = recipe.objective, recipe.cache
+
+    def variant(objective: SFT, cache: ReferenceCache | None) -> Callable[[list[int]], Any]:
+        def step(rows: list[int]) -> None:
+            recipe.objective, recipe.cache = objective, cache
+            recipe._start_interval()
+            recipe._step(rows)
+
+        return step
+
+    sft = variant(SFT(), None)
+    # A/A: what differs between the first two is noise.
+    return {"sft": sft, "sft again": sft, "cold": variant(pact, None), "warm": variant(pact, cache)}
+
+
 # Measuring -----------------------------------------------------------------------------------------------------------
 
 
@@ -308,8 +328,8 @@ def measure_steps(size: str, work: str, rounds: int, device: str, checkpointing:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         shape = (size, work, rows, device, checkpointing)
-        steps = {v: make_step(v, Path(folder), *shape) for v in VARIANTS if v != "sft again"}
-        steps["sft again"] = steps["sft"]  # A/A: what differs between these two is noise
+        steps = {v: make_step(v, Path(folder), *shape) for v in ("torchtune", "published")}
+        steps |= recipe_steps(make_recipe(make_config(Path(folder), *shape)))
         for number in range(rounds + 1):
             batch = [(number * BATCH + i) % rows for i in range(BATCH)]
             for variant in random.sample(VARIANTS, len(VARIANTS)):
@@ -319,7 +339,7 @@ def measure_steps(size: str, work: str, rounds: int, device: str, checkpointing:
     return [row | {"size": size, "work": work, "checkpointing": checkpointing} for row in results]
 
 
-def measure_run(size: str, work: str, rounds: int, device: str, rows: int = 8) -> list[dict]:
+def measure_run(size: str, work: str, rounds: int, device: str, rows: int = 4) -> list[dict]:
     """Three epochs, ours with the filling of an empty cache: seconds of the filling and of each epoch.
 
     The check at a run's start, a forward over 4 rows whatever their number, is not part of it: with so few rows here it

@@ -1,5 +1,6 @@
 """Conversations to batches: tensors of one forward, and the order of an epoch."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,23 +13,27 @@ BUCKET_STEPS = 50  # steps whose rows are sorted by length together: more pads l
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward's input. B conversations, padded on the right to S tokens; T response tokens in all.
+    """One forward's input. B conversations, padded on the right to S tokens, or packed, B = 1; T response tokens in all.
 
     Attributes:
         tokens (torch.Tensor): ``[B, S]`` int64.
         index (torch.Tensor): rows of the flattened hidden states ``[B * S, H]`` that predict a response token, ``[T]``.
         labels (torch.Tensor): those response tokens, ``[T]``.
         position (torch.Tensor): t of each, counted from 0 at the start of its response, ``[T]``.
+        mask (torch.Tensor | None): True where a token attends to another, ``[1, S, S]``; None: to all before it.
+        input_pos (torch.Tensor | None): position of each token in its conversation, ``[1, S]``; None: in its row.
     """
 
     tokens: torch.Tensor
     index: torch.Tensor
     labels: torch.Tensor
     position: torch.Tensor
+    mask: torch.Tensor | None = None
+    input_pos: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
-        return Batch(*(to_device(tensor, device) for tensor in vars(self).values()))
+        return Batch(*(tensor if tensor is None else to_device(tensor, device) for tensor in vars(self).values()))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -36,26 +41,39 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def collate(conversations: Sequence[Conversation], pad_id: int) -> Batch:
-    """Pads conversations to a batch.
+def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = False) -> Batch:
+    """Pads conversations to a batch, or packs them end to end.
 
     Padding stands on the right, where causal attention never looks back from, so that no mask is needed.
 
     Args:
         conversations (Sequence[Conversation]): may be empty: a rank without rows still takes part in the forward.
         pad_id (int): id to pad with.
+        packed (bool): one row without padding, with a mask that keeps each conversation to itself.
 
     Returns:
         Batch: on the CPU. The last token of each conversation is only ever a label.
     """
     inputs = [c.tokens[:-1] or c.tokens for c in conversations] or [[pad_id]]
-    width = max(map(len, inputs))
-    tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in inputs])
+    lengths = list(map(len, inputs))
+    mask = input_pos = None
+    if packed:
+        tokens = torch.tensor([sum(inputs, [])])
+        starts = [0, *itertools.accumulate(lengths)]
+        document = torch.arange(len(inputs)).repeat_interleave(torch.tensor(lengths))
+        mask = (document[:, None] == document).tril()[None]
+        input_pos = torch.cat([torch.arange(length) for length in lengths])[None]
+    else:
+        width = max(lengths)
+        tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in inputs])
+        starts = [row * width for row in range(len(inputs))]
     spans = [(row, *span) for row, c in enumerate(conversations) for span in c.responses]
-    index = [row * width + j - 1 for row, start, end in spans for j in range(start, end)]
+    index = [starts[row] + j - 1 for row, start, end in spans for j in range(start, end)]
     labels = [token for row, start, end in spans for token in conversations[row].tokens[start:end]]
     position = [t for _, start, end in spans for t in range(end - start)]
-    return Batch(tokens, *(torch.tensor(values, dtype=torch.int64) for values in (index, labels, position)))
+    return Batch(
+        tokens, *(torch.tensor(values, dtype=torch.int64) for values in (index, labels, position)), mask, input_pos
+    )
 
 
 def response_only_views(

@@ -73,6 +73,11 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.dtype = training.get_dtype(cfg.dtype, device=self.device)
         if self.dtype is torch.float16:
             raise UserError("dtype fp16 is not supported: use bf16 or fp32.")
+        if cfg.enable_activation_offloading:
+            raise UserError(
+                "enable_activation_offloading is not supported: the loss takes the gradient of the output head inside the "
+                "forward, where torchtune's offloading allows no backward; use enable_activation_checkpointing, or QLoRA."
+            )
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self.output_dir = Path(cfg.output_dir)
         self.global_step = 0
@@ -109,11 +114,15 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self._setup_optimizer(state)
         self._setup_reference()
         if state and not self.adapters:  # only now: the reference was the model as it was before the first step
-            lora.load(self.model, state["trained"], self.device)
+            lora.load(self.model, state["trained"])
 
     def _setup_steps(self) -> None:
         """How rows become steps; a last batch that is not full is trained on like any other."""
         cfg = self.cfg
+        if len(self.dataset) < self.world_size:
+            raise UserError(
+                f"The data has {len(self.dataset)} row(s), fewer than the {self.world_size} processes: use fewer processes."
+            )
         self.lengths = [len(c.tokens) for c in self.dataset.conversations]
         self.rows_per_step = cfg.batch_size * self.world_size * cfg.gradient_accumulation_steps
         self.steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
@@ -127,6 +136,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         distributed = self.world_size > 1
         with training.set_default_dtype(self.dtype), torch.device("meta" if distributed else self.device):
             model = lora.build(cfg.model, self.world_size)
+        self._check_length(model)
         self.quantized = lora.quantized_names(model)
         self.adapters = bool(lora.modules(model))
         if self.adapters:
@@ -147,6 +157,16 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         else:
             model.load_state_dict(base | adapter)
         return model
+
+    def _check_length(self, model: torch.nn.Module) -> None:
+        """Raises UserError when a row of the data does not fit into the model."""
+        in_a_row = self.cfg.batch_size if self.cfg.packed else 1
+        longest = sum(sorted((len(c.tokens) for c in self.dataset.conversations), reverse=True)[:in_a_row])
+        if longest > model.max_seq_len:
+            raise UserError(
+                f"The longest row{'s that may be packed have' if self.cfg.packed else ' has'} {longest} tokens, and the model "
+                f"takes {model.max_seq_len}: set dataset.max_seq_len to leave longer ones out."
+            )
 
     def _check_full(self) -> None:
         """Raises UserError where training all weights needs something that the config does not give."""
@@ -342,7 +362,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         for start in range(0, len(rows), micro_rows):
             mine = rank_rows(rows[start : start + micro_rows], self.rank, self.world_size)
             conversations = [self.dataset.conversations[row] for row in mine]
-            batch = collate(conversations, self.decoder.pad_id)
+            batch = collate(conversations, self.decoder.pad_id, self.cfg.packed)
             reference = self._reference(conversations, batch)
             batch = batch.to(self.device)
             # All ranks know the global batch, so its token count needs no communication. FSDP averages over ranks.

@@ -107,9 +107,12 @@ def test_the_papers_settings_are_the_default_of_all_configs():
     assert {name.split("_pact")[0] for name in NAMES} == PUBLISHED.keys()
     for name in NAMES:
         cfg = load(find_config(name))
-        assert (cfg.model.lora_rank, cfg.optimizer._component_, cfg.optimizer.lr) == (8, "torch.optim.AdamW", 3e-5)
-        assert (cfg.epochs, cfg.batch_size, cfg.gradient_accumulation_steps) == (3, 2, 1)
+        assert (cfg.optimizer._component_, cfg.epochs, cfg.batch_size) == ("torch.optim.AdamW", 3, 2)
         assert (cfg.loss.preset, cfg.loss.k, cfg.loss.lambda_kl) == ("paper", 50, 3.0)
+        if not name.endswith("_full"):
+            assert (cfg.model.lora_rank, cfg.optimizer.lr, cfg.gradient_accumulation_steps) == (8, 3e-5, 1)
+        for adapter in ("lora", "qlora"):
+            assert f"{name.split('_pact')[0]}_pact_{adapter}" in NAMES
 
 
 def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
@@ -138,7 +141,7 @@ def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
     [
         (["bacth_size=3"], "did you mean 'batch_size'"),
         (["model.lora_rank=0"], "lora_rank must be at least 1"),
-        (["model.lora_attn_modules=[qproj]"], "lora_attn_modules"),
+        (["model.lora_attn_modules=[qproj]"], "did you mean 'q_proj'"),
         (["optimizer.lr=-1"], "Section 'optimizer' cannot be built"),
         (["loss.lambda_kl=-1"], "lambda_kl"),
         (["output_dir=${nowhere}"], "nowhere"),

@@ -173,6 +173,8 @@ def test_the_response_only_prefix_is_the_assistant_header(tmp_path, bos):
     llama = of_template(tmp_path / "llama", LLAMA_TEMPLATE, bos=True)
     header = encode(llama, "<|im_start|>assistant\n\n")
     assert response_only_prefix(llama, bos) == tuple([llama.bos_token_id] * bos + header)
+    unused = of_template(tmp_path / "unused", CHAT_TEMPLATE, bos=True)  # a BOS token that the template does not write
+    assert response_only_prefix(unused, bos) == tuple(encode(unused, "<|im_start|>assistant\n"))
 
 
 @pytest.mark.parametrize(

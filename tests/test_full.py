@@ -1,6 +1,7 @@
 """Full fine-tuning: the reference comes from the cache, filled before the first step."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def test_result_is_the_trained_model_and_the_reference_the_one_before(tmp_path, 
     assert not (result / "adapter").exists()
     decoder, batch = last
     with torch.no_grad():
-        live = decoder._forward(batch.tokens, decoder._logits)
+        live = decoder._forward(batch, decoder._logits)
         model = AutoModelForCausalLM.from_pretrained(result, attn_implementation="eager")
         torch.testing.assert_close(model(batch.tokens).logits, live, atol=1e-4, rtol=0)
     base, tuned = load_file(tmp_path / "model" / "model.safetensors"), load_file(result / "model.safetensors")
@@ -91,6 +92,8 @@ def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypat
         if cache == "a":
             with pytest.raises(KeyboardInterrupt):
                 tune_run(monkeypatch, config, *arguments)
+            (tmp_path / "cut_two").mkdir()
+            shutil.copy(tmp_path / "cut" / "recipe_state.pt", tmp_path / "cut_two")
         else:
             assert tune_run(monkeypatch, config, *arguments, "resume_from_checkpoint=True") is None
     one, cut = (load_file(tmp_path / name / "epoch_1" / "model.safetensors") for name in ("one", "cut"))
@@ -101,6 +104,11 @@ def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypat
     assert process.returncode == 0, process.stderr
     losses = logged(tmp_path / "one", "loss")
     assert logged(tmp_path / "two", "loss") == pytest.approx(losses, abs=1e-3)
+    # the state of one process, resumed on two
+    again = [f"output_dir={tmp_path}/cut_two", "batch_size=2", *common, "resume_from_checkpoint=True"]
+    process = tune_run_processes(config, *again, processes=2)
+    assert process.returncode == 0, process.stderr
+    assert logged(tmp_path / "cut_two", "loss") == pytest.approx(losses[4:], abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_exports_are_the_model_that_was_trained(tmp_path, monkeypatch, architect
     def loss(self, batch, *rest):
         if len(logits) == 0 or logits[-1][0] is not batch:
             with torch.no_grad():
-                hidden = self._forward(batch.tokens, lambda h: h)
+                hidden = self._forward(batch, lambda h: h)
                 logits.append((batch, self._logits(hidden)))
         return original(self, batch, *rest)
 

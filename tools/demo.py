@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
         UserError: a step failed.
     """
     parser = argparse.ArgumentParser(prog="pact demo", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for everything the demo writes")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/demo"), help="folder for everything the demo writes"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the data, the initial adapter and the order")
     args = parser.parse_args(argv)
     output: Path = args.output
@@ -66,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     with atomic_file(output / "summary.json") as file:
         file.write_text(json.dumps(summary, indent=2) + "\n")
     print(f"\n{report.table(results)}\n")
-    print("ASR: held-out harmful requests that are answered instead of refused. Task: unseen reviews. KL: to the aligned")
+    print(
+        "ASR: held-out harmful requests that are answered instead of refused. Task: unseen reviews. KL: to the aligned"
+    )
     print(f"model, on its own answers.\n\nReport: {output / 'report.html'}\nNumbers: {output / 'summary.json'}")
     return 0
 

@@ -45,7 +45,9 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def write_report(path: Path, results: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Path], tokens: list[str]) -> None:
+def write_report(
+    path: Path, results: Mapping[str, Mapping[str, Any]], runs: Mapping[str, Path], tokens: list[str]
+) -> None:
     """Writes the page.
 
     Args:

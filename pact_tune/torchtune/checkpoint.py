@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
@@ -116,13 +117,26 @@ class HFCheckpointer:
         )
 
     def load(self) -> StateDict:
-        """The base weights under torchtune's names, on the CPU."""
+        """The base weights under torchtune's names, on the CPU.
+
+        Raises:
+            UserError: a damaged file, or weights that this family does not have.
+        """
         weights: StateDict = {}
         for file in self.files:
-            weights |= load_file(file)
+            try:
+                weights |= load_file(file)
+            except SafetensorError as error:
+                raise UserError(f"'{file}' is damaged ({error}): download it again.") from error
         if self.config.get("tie_word_embeddings", False):
             weights.pop("lm_head.weight", None)
-        return self._to_tune(weights, **self._shape, **self._tied)
+        try:
+            return self._to_tune(weights, **self._shape, **self._tied)
+        except Exception as error:  # torchtune raises the base class for a name that it does not know
+            raise UserError(
+                f"The weights in '{self.directory}' are not those of a plain {self.config['model_type']} model ({error}): "
+                "name an original checkpoint, not one that was quantised or otherwise changed."
+            ) from error
 
     def to_hf(self, weights: StateDict) -> StateDict:
         """Weights under torchtune's names to Hugging Face's."""

@@ -2,20 +2,20 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config, training
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
-from torchtune.modules.peft import DoRALinear, LoRALinear
+from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
-from pact_tune.errors import UserError
+from pact_tune.errors import UserError, unknown_key
 
+ATTENTION_MODULES = get_args(LORA_ATTN_MODULES)
 NF4_BLOCK = 64 * 256  # weights that share one second-level scale; NF4 takes multiples of it only
 
 
@@ -53,6 +53,9 @@ def build(cfg_model: DictConfig, world_size: int = 1) -> nn.Module:
     """
     if cfg_model.get("lora_rank", 1) < 1:
         raise UserError("model.lora_rank must be at least 1.")
+    for name in cfg_model.get("lora_attn_modules", ()):
+        if name not in ATTENTION_MODULES:  # torchtune would leave it out without a word
+            raise unknown_key(name, ATTENTION_MODULES, "model.lora_attn_modules")
     try:
         model = config.instantiate(cfg_model)
     except (TypeError, ValueError, AssertionError) as error:
@@ -181,27 +184,32 @@ def shard(
     training.validate_no_params_on_meta_device(model)
 
 
-def load(model: nn.Module, trained: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Puts trained weights back into a model; the inverse of :func:`gather`.
+def load(model: nn.Module, trained: dict[str, torch.Tensor]) -> None:
+    """Puts trained weights back into a model, in place, so that an optimizer keeps its parameters.
 
     Args:
         model (nn.Module): sharded or not.
-        trained (dict[str, torch.Tensor]): whole tensors on the CPU.
-        device (torch.device): where the model lies.
+        trained (dict[str, torch.Tensor]): whole tensors on the CPU, from :func:`gather`.
     """
-    if isinstance(model, FSDPModule):
-        training.load_from_full_model_state_dict(model, dict(trained), device)
-    else:
-        model.load_state_dict(trained, strict=False)
+    with torch.no_grad():
+        for name, parameter in _trained_parameters(model).items():
+            value = trained[name].to(parameter.device)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
 
 
 def gather(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is trained, whole and copied to the CPU, under the names of an unwrapped model; all ranks must call it."""
+    trained = {name: parameter.detach() for name, parameter in _trained_parameters(model).items()}
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.items()}
+    return {name: tensor.cpu().clone() for name, tensor in whole.items()}
+
+
+def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     # Not from state_dict(), which would dequantise a QLoRA model's base weights on the way.
-    trained = {
-        name.replace("_checkpoint_wrapped_module.", ""): parameter.detach()
+    return {
+        name.replace("_checkpoint_wrapped_module.", ""): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.items()}
-    return {name: tensor.cpu().clone() for name, tensor in whole.items()}

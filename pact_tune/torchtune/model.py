@@ -36,10 +36,10 @@ class Decoder:
     def _unembed(self, hidden: torch.Tensor) -> Any:
         return self._read(self.model.norm(hidden))
 
-    def _forward(self, tokens: torch.Tensor, read: Callable[[torch.Tensor], Any]) -> Any:
-        """Runs the trunk on tokens ``[B, S]`` and returns ``read`` of the normalised hidden states ``[B, S, H]``."""
+    def _forward(self, batch: Batch, read: Callable[[torch.Tensor], Any]) -> Any:
+        """Runs the trunk on a batch's tokens and returns ``read`` of the normalised hidden states ``[B, S, H]``."""
         self._read = read
-        return self.model(tokens)
+        return self.model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos)
 
     def loss(
         self, batch: Batch, objective: SFT, reference: Reference, scale: float
@@ -65,7 +65,7 @@ class Decoder:
             rows = hidden.flatten(0, 1).index_select(0, batch.index)
             return reduce_in_chunks(rows, self._head_parameters(), chunk_loss)
 
-        return self._forward(batch.tokens, read)
+        return self._forward(batch, read)
 
     def reference_columns(self, conversations: Sequence[Conversation], columns: Columns) -> torch.Tensor:
         """The frozen aligned model's columns: the same network with its adapters disabled.
@@ -87,7 +87,7 @@ class Decoder:
             return torch.cat(parts) if parts else rows.new_empty(0, columns.width, dtype=torch.float32)
 
         with torch.no_grad(), disable_adapter(self.model):
-            return self._forward(batch.tokens, read)
+            return self._forward(batch, read)
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Full logits of hidden rows ``[n, H]``: ``[n, V]`` float32."""
