@@ -1,6 +1,7 @@
 """The `pact` command: a table of tools, each a module with `main(argv)`."""
 
 import importlib
+import os
 import sys
 
 from pact_tune.errors import UserError
@@ -66,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"pact: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("pact: interrupted.", file=sys.stderr)
         return 130

@@ -67,6 +67,19 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def remove_partial(directory: str | os.PathLike) -> None:
+    """Deletes what killed processes left of :func:`atomic_file` and :func:`atomic_folder` in a folder.
+
+    Args:
+        directory (str | os.PathLike): a folder that no other process writes to; may be missing.
+    """
+    for path in [*Path(directory).glob(".*.partial"), *Path(directory).glob(".*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -38,7 +38,7 @@ from pact_tune.batching import (
 )
 from pact_tune.conversations import Conversation, response_only_prefix
 from pact_tune.errors import UserError
-from pact_tune.files import atomic_file
+from pact_tune.files import atomic_file, remove_partial
 from pact_tune.objectives import Reference
 from pact_tune.reference_cache import ReferenceCache, batches_of
 from pact_tune.stamp import data_fingerprint, fingerprint
@@ -70,7 +70,12 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.device = utils.get_device(cfg.device)
-        self.dtype = training.get_dtype(cfg.dtype, device=self.device)
+        if self.device.type != torch.device(cfg.device).type:  # torchtune falls back to the CPU without a word
+            raise UserError(f"device: {cfg.device} is not available here: set device: {self.device.type}.")
+        try:
+            self.dtype = training.get_dtype(cfg.dtype, device=self.device)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"dtype: {cfg.dtype} cannot be used here: {error}") from error
         if self.dtype is torch.float16:
             raise UserError("dtype fp16 is not supported: use bf16 or fp32.")
         if cfg.enable_activation_offloading:
@@ -94,6 +99,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         Raises:
             UserError: bad input, with the mend.
         """
+        if self.rank == 0:
+            remove_partial(self.output_dir)
         self.tokenizer = config.instantiate(cfg.tokenizer)
         self.checkpointer = config.instantiate(cfg.checkpointer)
         self.objective = config.instantiate(cfg.loss)
@@ -449,25 +456,29 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                 f"There is no {STATE_FILE} in '{self.output_dir}' to resume from: set resume_from_checkpoint: False."
             )
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for key, value in self._identity().items():
-            if state["identity"][key] != value:
+        then, now = state["identity"], self._identity()
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key):
                 raise UserError(
-                    f"The run in '{self.output_dir}' cannot be resumed with this config: its {key} was "
-                    f"{state['identity'][key]}, now it is {value}."
+                    f"The run in '{self.output_dir}' cannot be resumed with this config: its {key} was {then.get(key)}, "
+                    f"now it is {now.get(key)}."
                 )
         return state
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        return {
-            "seed": self.cfg.seed,
-            "rows": len(self.dataset),
-            "tokens": sum(len(c.tokens) for c in self.dataset.conversations),
+        cfg = self.cfg
+        identity = {key: cfg[key] for key in ("seed", "shuffle", "batch_by_length", "clip_grad_norm", "dtype")}
+        identity |= {
+            "data": data_fingerprint(self.dataset.conversations),
             "rows per step": self.rows_per_step,
-            "batch_by_length": self.cfg.batch_by_length,
             "total steps": self.total_steps,
             "reference": self.checkpointer.weights_hash,
         }
+        sections = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "optimizer")}
+        sections["lr_scheduler"] = OmegaConf.to_container(cfg.lr_scheduler, resolve=True) if cfg.lr_scheduler else {}
+        sections["loss"] = self.objective.settings()
+        return identity | {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
 
     def _save_state(self) -> None:
         """Writes all that a resumption needs to one file, which is replaced as a whole."""

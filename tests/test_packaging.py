@@ -17,7 +17,7 @@ SCRIPTS = Path(sys.executable).parent
 def run(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     """A command without the checkout on its path."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
 
 
 def pip(*arguments, cwd: Path) -> None:
