@@ -15,7 +15,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.step
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Setting up .venv with the tested versions; this downloads PyTorch and takes a few minutes."
