@@ -35,6 +35,7 @@ from pact_tune.files import atomic_file
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARD_TOKENS = 65_536  # tokens per shard: what a killed fill loses at most
 BATCH_TOKENS = 4_096  # tokens per reference forward, padding included
+LEAST_FILLED = 0.9  # of a row of such a forward; the rest is padding
 LEFTOVER_SECONDS = 3_600  # a half-written file of this age belongs to a process that was killed
 GB = 1e9
 
@@ -325,11 +326,21 @@ def is_damaged(shard: Path) -> bool:
 
 
 def batches_of(conversations: Sequence[Conversation], max_tokens: int = BATCH_TOKENS) -> list[list[Conversation]]:
-    """Cuts conversations, sorted by length, into batches of at most ``max_tokens`` tokens, padding included."""
+    """Cuts conversations, sorted longest first, into batches that are hardly padded.
+
+    Args:
+        conversations (Sequence[Conversation]): any number.
+        max_tokens (int): of a batch, padding included; a longer conversation is a batch of its own.
+
+    Returns:
+        list[list[Conversation]]: in the same order.
+    """
     batches: list[list[Conversation]] = []
     for conversation in conversations:
-        # Sorted longest first, the first one's length is the width of the batch.
-        if not batches or len(batches[-1][0].tokens) * (len(batches[-1]) + 1) > max_tokens:
+        length = len(conversation.tokens)
+        width = len(batches[-1][0].tokens) if batches else 0
+        # Where the lengths drop, as from whole conversations to responses alone, a batch ends early.
+        if not batches or width * (len(batches[-1]) + 1) > max_tokens or length < LEAST_FILLED * width:
             batches.append([])
         batches[-1].append(conversation)
     return batches

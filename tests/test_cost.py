@@ -115,7 +115,7 @@ def test_no_reference_after_the_filling(tmp_path, monkeypatch):
             recipe._step([row, row + 1])
     assert forwards == []
     recipe_of(tmp_path, "toy", "short", loss={"lambda_kl": 7.0}, seed=3)
-    assert forwards == [8]
+    assert sum(forwards) == 8
 
 
 @pytest.mark.parametrize("preset", ["paper", "tail"])

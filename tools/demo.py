@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -76,12 +77,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(runs: dict[str, Path], aligned: Path, data: Path, tokens: Path) -> tuple[dict[str, dict], list[str]]:
-    import transformers  # takes seconds to import, as do the next two
+    import torch  # takes seconds to import, as do the next three
+    import transformers
 
     from pact_tune.demo.evaluate import evaluate
     from pact_tune.safety_tokens import SafetyTokens
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights: there is one for the four models
+    torch.set_num_threads(1)
     safety_tokens = SafetyTokens.load(tokens)
     models = {"Initial": aligned} | {name: sorted(folder.glob("epoch_*"))[-1] for name, folder in runs.items()}
     bar = tqdm(models.items(), desc="Evaluating", unit="model")
@@ -93,7 +96,9 @@ def _evaluate(runs: dict[str, Path], aligned: Path, data: Path, tokens: Path) ->
 def _run(command: str, *arguments: object) -> None:
     """Runs one of this environment's commands, shown as a user would type it."""
     print("$", command, *arguments, flush=True)
-    done = subprocess.run([str(Path(sys.executable).parent / command), *map(str, arguments)])
+    # On so small a model two threads gain nothing, and wait for each other on a busy machine.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(Path(sys.executable).parent / command), *map(str, arguments)], env=environment)
     if done.returncode:
         raise UserError(f"The demo stopped because `{command} {arguments[0]}` failed (see above).")
 
