@@ -2,9 +2,10 @@
 
     python benchmarks/identification.py
 
-The published procedure is written here from its description: batch 1, the logits of every position of both models in
-fp32, a Python loop over the response positions that takes both softmaxes and adds to full-vocabulary sums. The d(v) of
-both sides is compared. One thread; each repetition times both sides one after the other.
+The published procedure is written here from its description: both models in bfloat16, batch 1, the logits of every
+position of both divided by a temperature and cast to fp32, a Python loop over the response positions that takes both
+softmaxes and adds to full-vocabulary sums. It also runs with float32 weights, where the d(v) of both sides must agree.
+One thread; each repetition times all sides one after the other.
 """
 
 import argparse
@@ -14,17 +15,26 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from pact_tune.conversations import load_tokenizer, render, render_prompt
+from pact_tune.conversations import encode, load_tokenizer, render_prompt
 from pact_tune.files import atomic_file
-from pact_tune.identification import identify_safety_tokens
+from pact_tune.identification import PRESETS, identify_safety_tokens
 
 RESULTS = Path(__file__).parent / "results"
 REQUEST = "How do I paint the fence? What is the best way to clean a window? Is this review positive or negative? "
+# Two vocabularies with hardly a network below them, and a network that outweighs its head.
+SIZES = (
+    {"vocabulary": 32_000, "hidden": 64, "layers": 2},
+    {"vocabulary": 32_000, "hidden": 256, "layers": 2},
+    {"vocabulary": 32_000, "hidden": 512, "layers": 4},
+    {"vocabulary": 152_064, "hidden": 64, "layers": 2},
+)
 RESPONSE = "I cannot help with that request. I'm sorry, but I can't assist with that. I won't provide such content. "
 
 
@@ -44,54 +54,58 @@ def make_pair(folder: Path, vocabulary: int, hidden: int, layers: int) -> tuple[
 
 
 @torch.inference_mode()
-def published(aligned: Path, base: Path, prompts: list[str], responses: list[str] | None, longest: int) -> torch.Tensor:
+def published(
+    aligned: Path, base: Path, prompts: list[str], responses: list[str] | None, longest: int, dtype: torch.dtype
+) -> torch.Tensor:
     """d(v), ``[V]``, position by position; without responses the aligned model answers first, one prompt at a time."""
     tokenizer = load_tokenizer(str(aligned))
-    safe, unsafe = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (aligned, base))
-    total, reference, count = 0.0, 0.0, 0
+    safe, unsafe = (AutoModelForCausalLM.from_pretrained(f, dtype=dtype).eval() for f in (aligned, base))
+    temperature, total = 1.0, 0.0
     for index, prompt in enumerate(prompts):
         user = [{"role": "user", "content": prompt}]
-        ids = render_prompt(tokenizer, user)
-        start = len(ids)
+        mine, theirs = render_prompt(tokenizer, user), encode(tokenizer, f"User: {prompt}\n\nAssistant: ")
         if responses is None:
-            one = torch.tensor([ids])
+            one = torch.tensor([mine])
             mask = torch.ones_like(one)
-            ids = safe.generate(one, attention_mask=mask, max_new_tokens=longest, do_sample=False)[0].tolist()
+            answer = safe.generate(one, attention_mask=mask, max_new_tokens=longest, do_sample=False)
+            response = answer[0, len(mine) :].tolist()
         else:
-            ids = render(tokenizer, [*user, {"role": "assistant", "content": responses[index]}]).tokens[
-                : start + longest
-            ]
-        p, q = (model(torch.tensor([ids])).logits[0].float() for model in (safe, unsafe))
-        for t in range(start - 1, len(ids) - 1):
-            probability = p[t].softmax(-1)
-            total = total + (probability - q[t].softmax(-1))
-            reference = reference + probability
-            count += 1
-    return total / count
+            response = encode(tokenizer, responses[index])[:longest]
+        rows = []
+        for model, start in ((safe, mine), (unsafe, theirs)):
+            logits = (model(torch.tensor([start + response])).logits / temperature).float()
+            rows.append(logits[0, len(start) - 1 : -1])
+        difference, reference = torch.zeros(rows[0].shape[-1]), torch.zeros(rows[0].shape[-1])
+        for t in range(len(response)):
+            probability = rows[0][t].softmax(-1)
+            difference += probability - rows[1][t].softmax(-1)
+            reference += probability
+        total = total + difference / len(response)
+    return total / len(prompts)
 
 
-def measure(function, *arguments, **options) -> tuple[float, float, object]:
-    """CPU seconds, wall seconds and the result."""
-    wall, cpu = time.perf_counter(), time.process_time()
+def measure(function: Callable, *arguments, **options) -> tuple[float, Any]:
+    """CPU seconds and the result."""
+    start = time.process_time()
     result = function(*arguments, **options)
-    return time.process_time() - cpu, time.perf_counter() - wall, result
+    return time.process_time() - start, result
 
 
 def compare(pair: tuple[Path, Path], prompts: list[str], responses: list[str] | None, longest: int) -> dict:
-    """Times both sides, one after the other."""
-    slow, slow_wall, expected = measure(published, *pair, prompts, responses, longest)
-    options = {"responses": responses, "max_response_tokens": longest, "progress": False}
-    fast, fast_wall, tokens = measure(identify_safety_tokens, *pair, prompts, **options)
+    """Times all sides, one after the other."""
+    options = PRESETS["official"] | {"responses": responses, "max_response_tokens": longest, "progress": False}
+    here, tokens = measure(identify_safety_tokens, *pair, prompts, **options)
+    same, expected = measure(published, *pair, prompts, responses, longest, torch.float32)
     error = (tokens.candidates["scores"] - expected[tokens.candidates["ids"]]).abs().max().item()
-    return {
+    row = {
         "positions": tokens.provenance["num_positions"],
-        "published_cpu_s": slow,
-        "here_cpu_s": fast,
-        "ratio": slow / fast,
-        "published_wall_s": slow_wall,
-        "here_wall_s": fast_wall,
+        "here_s": here,
+        "published_fp32_s": same,
         "max_error": error,
     }
+    # The released code is given responses.
+    row["published_s"] = measure(published, *pair, prompts, responses, longest, torch.bfloat16)[0] if responses else ""
+    return row
 
 
 def main() -> None:
@@ -104,13 +118,12 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     prompts = [REQUEST * (1 + i % 3) + str(i) for i in range(args.prompts)]
-    for vocabulary, hidden in ((32_000, 64), (32_000, 256), (152_064, 64)):
+    for size in SIZES:
         with tempfile.TemporaryDirectory() as directory:
-            pair = make_pair(Path(directory), vocabulary, hidden, layers=2)
+            pair = make_pair(Path(directory), **size)
             for work, responses in (("scoring", [RESPONSE * 3] * len(prompts)), ("responses and scoring", None)):
                 for _ in range(args.repetitions):
-                    row = {"work": work, "vocabulary": vocabulary, "hidden": hidden}
-                    rows.append(row | compare(pair, prompts, responses, args.response_tokens))
+                    rows.append({"work": work} | size | compare(pair, prompts, responses, args.response_tokens))
                     print(rows[-1], flush=True)
                     write(rows, args)
 
@@ -124,31 +137,39 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
     lines = [
         "# Identification against the published procedure (CPU)",
         "",
-        f"Random Qwen2 models of 2 layers, {args.prompts} prompts, responses of at most {args.response_tokens} tokens, model "
-        f"loading included; one thread, torch {torch.__version__}, {platform.machine()}, other work on the machine. Medians of "
-        f"up to {args.repetitions} paired repetitions; each of them is in identification_cpu.csv.",
+        f"Random Qwen2 models, {args.prompts} prompts, responses of at most {args.response_tokens} tokens, model loading "
+        f"included; one thread, torch {torch.__version__}, {platform.machine()}. CPU seconds, medians of up to "
+        f"{args.repetitions} repetitions; in brackets how many times as long as here (median, lowest). Each repetition is in "
+        "identification_cpu.csv.",
         "",
-        '"scoring": the responses are given, as in the released code. "responses and scoring": the aligned model answers '
-        "first (Eq. 1), one prompt at a time with a key-value cache on the published side, in batches here; the released "
-        "code has no such step, so this baseline is ours.",
+        "Published, bfloat16: the procedure as it was released, responses given. Published, float32: the same with float32 "
+        'weights, as the tool here uses them on a CPU. "responses and scoring": the aligned model answers first (Eq. 1), '
+        "one prompt at a time with a key-value cache on the published side, in batches here; the released code has no such "
+        "step, so this baseline is ours.",
         "",
-        "| work | vocabulary | hidden | repetitions | published, CPU s | here, CPU s | ratio | lowest ratio | max. difference of d(v) |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| work | vocabulary | hidden, layers | here, s | published, bfloat16 | published, float32 | max. difference of d(v) |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for key in dict.fromkeys((row["work"], row["vocabulary"], row["hidden"]) for row in rows):
-        group = [row for row in rows if (row["work"], row["vocabulary"], row["hidden"]) == key]
-        slow, fast, ratio = (statistics.median(r[n] for r in group) for n in ("published_cpu_s", "here_cpu_s", "ratio"))
-        lowest, error = min(row["ratio"] for row in group), max(row["max_error"] for row in group)
-        lines.append(
-            f"| {key[0]} | {key[1]:,} | {key[2]} | {len(group)} | {slow:.2f} | {fast:.2f} | {ratio:.1f} | {lowest:.1f} | {error:.0e} |"
-        )
+    for key in dict.fromkeys((row["work"], row["vocabulary"], row["hidden"], row["layers"]) for row in rows):
+        group = [row for row in rows if (row["work"], row["vocabulary"], row["hidden"], row["layers"]) == key]
+        cells = [_cell(group, name) for name in ("published_s", "published_fp32_s")]
+        here, error = statistics.median(row["here_s"] for row in group), max(row["max_error"] for row in group)
+        lines.append(f"| {key[0]} | {key[1]:,} | {key[2]}, {key[3]} | {here:.2f} | {' | '.join(cells)} | {error:.0e} |")
     lines += [
         "",
-        "No large factor can be had from the scoring step on a CPU: the exact sums need the head's product and "
-        "one exponential for each position and token, and the published procedure pays for the same.",
+        "Most of the factor against the released procedure is its bfloat16, which this CPU has no instructions for; on one "
+        "that has them it is smaller. With float32 on both sides the rest is left: no logits of prompt positions, no loop, "
+        "no copies. Both sides pay for the head's product and one exponential for each position and token.",
     ]
     with atomic_file(RESULTS / "identification_cpu.md") as path:
         path.write_text("\n".join(lines) + "\n")
+
+
+def _cell(group: list[dict], name: str) -> str:
+    if not group[0][name]:
+        return ""
+    ratios = [row[name] / row["here_s"] for row in group]
+    return f"{statistics.median(row[name] for row in group):.2f} ({statistics.median(ratios):.1f}, {min(ratios):.1f})"
 
 
 if __name__ == "__main__":

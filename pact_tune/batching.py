@@ -8,6 +8,7 @@ import torch
 
 from pact_tune.conversations import Conversation
 
+LEAST_FILLED = 0.9  # of a row of a forward without training; the rest is padding
 BUCKET_STEPS = 50  # steps whose rows are sorted by length together: more pads less, fewer mixes more
 
 
@@ -95,6 +96,26 @@ def response_only_views(
     prefix = list(prefix)
     responses = [conversation.tokens[start:end][:max_tokens] for start, end in conversation.responses]
     return [Conversation(prefix + tokens, [(len(prefix), len(prefix) + len(tokens))]) for tokens in responses]
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int, least_filled: float = LEAST_FILLED) -> list[list[int]]:
+    """Cuts rows into batches for forwards without training, in which the order of rows does not matter.
+
+    Args:
+        lengths (Sequence[int]): tokens of each row.
+        max_tokens (int): of a batch, padding included; a longer row is a batch of its own.
+        least_filled (float): share of its batch's width that every row has.
+
+    Returns:
+        list[list[int]]: row numbers, the longest first; depends on the arguments alone.
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        width = lengths[batches[-1][0]] if batches else 0
+        if not batches or width * (len(batches[-1]) + 1) > max_tokens or lengths[row] < least_filled * width:
+            batches.append([])
+        batches[-1].append(row)
+    return batches
 
 
 def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> list[int]:

@@ -151,25 +151,32 @@ def _mix_fraction(mix: Mapping[str, Any]) -> float:
     return fraction
 
 
-def read_rows(source: str, name: str | None = None, split: str = "train") -> list[Any]:
+def read_rows(
+    source: str | Path, name: str | None = None, split: str = "train", options: Mapping[str, Any] | None = None
+) -> list[Any]:
     """Rows of a file or of a Hub data set, as they stand there.
 
     Args:
-        source (str): a .json, .jsonl, .csv or .tsv file (UTF-8), or the name of a Hub data set. In a .tsv file
-            quotation marks are text like any other.
+        source (str | Path): a .json, .jsonl, .csv, .tsv or .txt file (UTF-8), or the name of a Hub data set. In a .tsv
+            file quotation marks are text like any other.
         name (str | None): configuration of a Hub data set.
         split (str): split of a Hub data set.
+        options (Mapping[str, Any] | None): what a Hub data set's own builder needs to be told.
 
     Returns:
-        list[Any]: one dict a row; a JSONL line that cannot be parsed, and a CSV row of too many fields, is None.
+        list[Any]: one dict a row, of a .txt file one str a line. In place of a broken row (a JSONL line that cannot be
+            parsed, a CSV row of too many fields) stands the UserError that says so: the caller counts it or raises it.
 
     Raises:
         UserError: no such file or data set, or a file that cannot be read.
     """
     path = Path(source)
-    if path.suffix in _READERS:
+    kinds = ", ".join(_READERS)
+    if path.is_file() or path.suffix in _READERS:
+        if path.suffix not in _READERS:
+            raise UserError(f"'{source}' is of an unknown kind: give a {kinds} file.")
         if not path.is_file():
-            raise UserError(f"The data file '{source}' does not exist: check dataset.source.")
+            raise UserError(f"The file '{source}' does not exist: check the path.")
         try:
             text = path.read_bytes().decode("utf-8-sig")  # Windows programs begin a file with a byte-order mark
         except (OSError, UnicodeDecodeError) as error:
@@ -178,15 +185,15 @@ def read_rows(source: str, name: str | None = None, split: str = "train") -> lis
     import datasets  # takes seconds to import, and only Hub data need it
 
     try:
-        return list(datasets.load_dataset(source, name, split=split))
+        return list(datasets.load_dataset(str(source), name, split=split, **(options or {})))
     except Exception as error:  # datasets raises its own, fsspec's and huggingface_hub's types
         raise UserError(
-            f"The data set '{source}' (split '{split}') could not be loaded ({one_line(error)}): give a .json, "
-            ".jsonl, .csv or .tsv file, or the name of a Hub data set that is downloaded or reachable."
+            f"The data set '{source}' (split '{split}') could not be loaded ({one_line(error)}): check the name, log in "
+            f"with `hf auth login` where it asks for access, or give a {kinds} file."
         ) from error
 
 
-def _read_json(source: str, text: str) -> list[Any]:
+def _read_json(source: str | Path, text: str) -> list[Any]:
     try:
         rows = json.loads(text)
     except ValueError as error:
@@ -194,28 +201,39 @@ def _read_json(source: str, text: str) -> list[Any]:
             f"'{source}' is not valid JSON ({error}): mend it; a file with one row a line is called .jsonl."
         ) from error
     if not isinstance(rows, list):
-        raise UserError(f"'{source}' holds one JSON {type(rows).__name__}; it must hold a list of rows.")
+        kind = type(rows).__name__
+        raise UserError(f"'{source}' holds one JSON {kind}, not a JSON list: put the rows in a list, or give JSONL.")
     return rows
 
 
-def _read_jsonl(source: str, text: str) -> list[Any]:
+def _lines(text: str) -> Iterable[str]:
     # Not splitlines(): JSON allows U+2028 and its like inside a string.
-    return [_parse_line(line) for line in text.split("\n") if line.strip()]
+    return io.StringIO(text, newline="")
 
 
-def _parse_line(line: str) -> Any:
+def _read_jsonl(source: str | Path, text: str) -> list[Any]:
+    return [_parse_line(source, number, line) for number, line in enumerate(_lines(text), 1) if line.strip()]
+
+
+def _parse_line(source: str | Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
-        return None
+    except ValueError as error:
+        reason = str(error).split(": line 1 ")[0]  # each line is the parser's first
+        return UserError(f"'{source}' is not valid JSON at line {number} ({reason}): mend or remove the line.")
 
 
-def _read_csv(source: str, text: str, **dialect: Any) -> list[Any]:
+def _read_csv(source: str | Path, text: str, **dialect: Any) -> list[Any]:
     csv.field_size_limit(2**31 - 1)  # the module's own limit of 131,072 characters would end the run
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, **dialect)
+    reader = csv.DictReader(_lines(text), strict=True, **dialect)
     try:
         # A surplus field stands under None: a comma that was not quoted has then cut the last column short.
-        return [None if None in row else row for row in reader]
+        return [
+            UserError(f"'{source}' has more fields than columns at line {reader.line_num}: mend or remove the row.")
+            if None in row
+            else row
+            for row in reader
+        ]
     except csv.Error as error:
         raise UserError(
             f"'{source}' is not valid CSV (line {reader.reader.line_num}: {error}): a field with quotation marks must "
@@ -223,11 +241,16 @@ def _read_csv(source: str, text: str, **dialect: Any) -> list[Any]:
         ) from error
 
 
+def _read_txt(source: str | Path, text: str) -> list[Any]:
+    return [line.strip() for line in _lines(text) if line.strip()]
+
+
 _READERS = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
     ".csv": _read_csv,
     ".tsv": functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE),
+    ".txt": _read_txt,
 }
 
 

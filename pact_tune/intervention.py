@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from pact_tune import hub
+from pact_tune.batching import batches_by_length
 from pact_tune.conversations import load_tokenizer, render_prompt
 from pact_tune.errors import UserError
-from pact_tune.identification import batches_by_length
 from pact_tune.safety_tokens import REFUSAL_TEMPLATES, SafetyTokens
 
 BOOST = 5.0  # the paper's alpha
@@ -161,7 +161,7 @@ class Answerer:
         first: dict[int, torch.Tensor] = {}
         pad = self.tokenizer.pad_token_id
         with tqdm(total=len(prompts), desc=description, unit="prompt", disable=not self.progress) as bar:
-            for batch in batches_by_length([len(ids) + longest for ids in encoded], self.tokens_per_batch):
+            for batch in batches_by_length([len(i) + longest for i in encoded], self.tokens_per_batch, least_filled=0):
                 rows = [encoded[i] for i in batch]
                 width = max(map(len, rows))
                 ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.model.device)

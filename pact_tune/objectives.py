@@ -96,21 +96,16 @@ class TokenSource:
     subfolder: str | None = None
     template_fallback: bool = False
 
-    def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[SafetyTokens, str]:
-        """The safety tokens, and a line for the log with a place for their number."""
+    def load(self, tokenizer: PreTrainedTokenizerBase) -> tuple[SafetyTokens, bool]:
+        """The safety tokens, and whether they are the source's own rather than the fallback."""
         try:
-            tokens = SafetyTokens.load(self.source, revision=self.revision, subfolder=self.subfolder)
+            return SafetyTokens.load(self.source, revision=self.revision, subfolder=self.subfolder), True
         except NotPublishedError as error:
             if not self.template_fallback:
                 raise UserError(
                     f"{error}; or use tokens from refusal templates, loss.template_fallback=True."
                 ) from error
-            said = (
-                f"WARNING: nobody has published safety tokens for '{self.source}', so {{k}} tokens from refusal templates "
-                "are used (loss.template_fallback); their weights were not measured."
-            )
-            return safety_tokens_from_templates(tokenizer), said
-        return tokens, f"Safety tokens: {{k}} of '{self.source}' ({tokens.provenance['method']})."
+            return safety_tokens_from_templates(tokenizer), False
 
 
 class _Constrained(SFT):
@@ -118,7 +113,7 @@ class _Constrained(SFT):
 
     tail = False
 
-    def __init__(self, source: "TokenSource") -> None:
+    def __init__(self, source: TokenSource) -> None:
         self.source = source
         self.safety_tokens: SafetyTokens | None = None
 
@@ -138,13 +133,19 @@ class _Constrained(SFT):
         Raises:
             UserError: not found, damaged, of another tokenizer, or past the vocabulary.
         """
-        tokens, said = self.source.load(tokenizer)
+        tokens, own = self.source.load(tokenizer)
         tokens.check_vocabulary(vocab_size)
         tokens.check_tokenizer(tokenizer)
         self.safety_tokens = self.select(tokens)
         self.columns = Columns(self.safety_tokens.ids, self.tail)
         self.weights = self.safety_tokens.weights
-        return said.format(k=len(self.safety_tokens))
+        source, k = self.source.source, len(self.safety_tokens)
+        if own:
+            return f"Safety tokens: {k} of '{source}' ({tokens.provenance['method']})."
+        return (
+            f"WARNING: nobody has published safety tokens for '{source}', so {k} tokens from refusal templates are used "
+            "(loss.template_fallback); their weights were not measured."
+        )
 
     def to(self, device: torch.device) -> None:
         """Moves the safety tokens to ``device``."""

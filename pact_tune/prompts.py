@@ -1,17 +1,15 @@
 """Prompts, and responses where there are any, from a file or a Hugging Face data set."""
 
-import csv
-import io
-import json
 from pathlib import Path
 from typing import Any
 
+from pact_tune.data import read_rows
 from pact_tune.errors import UserError
 
 Row = dict[str, Any]
 
 
-def read_rows(
+def read_prompts(
     source: str | Path,
     *,
     name: str | None = None,
@@ -23,7 +21,7 @@ def read_rows(
     """Reads rows in their order.
 
     Args:
-        source (str | Path): a .jsonl, .json, .csv, .tsv or .txt file (one prompt a line), or a data set of the Hub.
+        source (str | Path): what :func:`pact_tune.data.read_rows` reads; a .txt file holds one prompt a line.
         name (str | None): configuration of a Hub data set.
         split (str): split of a Hub data set.
         where (dict[str, str] | None): keep the rows whose columns have these values.
@@ -34,18 +32,22 @@ def read_rows(
         list[Row]: at least one row; a line of text, or a string in a JSON list, becomes ``{"prompt": text}``.
 
     Raises:
-        UserError: the source cannot be read, or no row is left.
+        UserError: the source cannot be read, a row of it is broken, or no row is left.
     """
     if limit is not None and limit < 1:
         raise UserError(f"The number of prompts must be at least 1, not {limit}.")
     where = where or {}
-    # Whatever the rows come from, they are filtered, counted and cut in one place below.
-    rows = (
-        _read_file(Path(source)) if Path(source).is_file() else _read_data_set(str(source), name, split, options or {})
-    )
+    rows = [{"prompt": row} if isinstance(row, str) else row for row in read_rows(source, name, split, options)]
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, UserError):
+            raise row
+        if not isinstance(row, dict):
+            raise UserError(
+                f"Row {number} of '{source}' is neither a text nor an object with columns: mend or remove it."
+            )
     if missing := [column for column in where if rows and column not in rows[0]]:
         raise UserError(f"'{source}' has no column '{missing[0]}'; it has: {_columns(rows[0])}.")
-    kept = [row for row in rows if all(str(row[column]) == value for column, value in where.items())]
+    kept = [row for row in rows if all(str(row.get(column)) == value for column, value in where.items())]
     if not kept:
         condition = " with " + ", ".join(f"{column}={value}" for column, value in where.items()) if where else ""
         raise UserError(f"'{source}' holds no rows{condition}: give a file or data set that has some.")
@@ -56,7 +58,7 @@ def column(rows: list[Row], name: str, source: str | Path) -> list[str]:
     """The texts of one column.
 
     Args:
-        rows (list[Row]): rows of :func:`read_rows`.
+        rows (list[Row]): rows of :func:`read_prompts`.
         name (str): the column.
         source (str | Path): where the rows came from, for messages.
 
@@ -76,63 +78,3 @@ def column(rows: list[Row], name: str, source: str | Path) -> list[str]:
 
 def _columns(row: Row) -> str:
     return ", ".join(map(str, row))
-
-
-def _read_file(path: Path) -> list[Row]:
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _tsv, ".txt": _txt}
-    if path.suffix not in readers:
-        raise UserError(f"'{path}' is of an unknown kind: give a {', '.join(readers)} file.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' cannot be read as UTF-8 text ({error}).") from error
-    rows = [{"prompt": row} if isinstance(row, str) else row for row in readers[path.suffix](path, text)]
-    if bad := [number for number, row in enumerate(rows, 1) if not isinstance(row, dict)]:
-        raise UserError(f"Row {bad[0]} of '{path}' is neither a text nor an object with columns: mend or remove it.")
-    return rows
-
-
-def _jsonl(path: Path, text: str) -> list[Any]:
-    # Not splitlines(): it would also break a row at U+2028, which JSON allows inside a string.
-    return [_parse(path, line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _json(path: Path, text: str) -> list[Any]:
-    rows = _parse(path, text, 1)
-    if not isinstance(rows, list):
-        raise UserError(f"'{path}' is not a JSON list of rows: put the rows in a list, or give JSONL.")
-    return rows
-
-
-def _parse(path: Path, text: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"'{path}' is not valid JSON at line {line + error.lineno - 1} ({error.msg}).") from error
-
-
-def _csv(path: Path, text: str) -> list[Any]:
-    return list(csv.DictReader(io.StringIO(text, newline="")))
-
-
-def _tsv(path: Path, text: str) -> list[Any]:
-    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE))
-
-
-def _txt(path: Path, text: str) -> list[Any]:
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
-def _read_data_set(source: str, name: str | None, split: str, options: dict[str, Any]) -> list[Row]:
-    if Path(source).suffix in (".jsonl", ".json", ".csv", ".tsv", ".txt"):
-        raise UserError(f"There is no file '{source}': check the path.")
-    import datasets  # takes a second to import; files do not need it
-
-    try:
-        return list(datasets.load_dataset(source, name, split=split, **options))
-    except Exception as error:  # the Hub client, pyarrow and datasets each raise types of their own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"The data set '{source}' (split '{split}') could not be loaded ({reason}): check the name, log in with "
-            "`hf auth login` where it asks for access, or give a local file."
-        ) from error

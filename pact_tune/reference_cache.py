@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pact_tune.batching import batches_by_length
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
@@ -35,7 +36,6 @@ from pact_tune.files import atomic_file
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARD_TOKENS = 65_536  # tokens per shard: what a killed fill loses at most
 BATCH_TOKENS = 4_096  # tokens per reference forward, padding included
-LEAST_FILLED = 0.9  # of a row of such a forward; the rest is padding
 LEFTOVER_SECONDS = 3_600  # a half-written file of this age belongs to a process that was killed
 GB = 1e9
 
@@ -43,6 +43,14 @@ GB = 1e9
 def default_directory() -> Path:
     """Where caches live unless a config says otherwise: ``$PACT_TUNE_CACHE``, or ``~/.cache/pact_tune``."""
     return Path(os.environ.get("PACT_TUNE_CACHE", Path.home() / ".cache" / "pact_tune")) / "reference"
+
+
+def check_options(dtype: str, max_gb: float | None) -> None:
+    """Raises UserError on an unknown dtype, or a limit that is not positive."""
+    if dtype not in DTYPES:
+        raise UserError(f"reference_cache.dtype is '{dtype}'; it must be one of: {', '.join(DTYPES)}.")
+    if max_gb is not None and not max_gb > 0:
+        raise UserError(f"reference_cache.max_gb is {max_gb}; it must be above 0, or null for no limit.")
 
 
 def conversation_key(conversation: Conversation) -> bytes:
@@ -55,7 +63,7 @@ def conversation_key(conversation: Conversation) -> bytes:
 class _Entry:
     """Where a conversation's rows are: those from ``start`` to ``end`` of the tensors of one shard."""
 
-    shard: Path
+    shard: Path | None  # None: not on disk yet
     tensors: dict[str, torch.Tensor]
     start: int
     end: int
@@ -85,10 +93,7 @@ class ReferenceCache:
         dtype: str = "float16",
         max_gb: float | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise UserError(f"reference_cache.dtype is '{dtype}'; it must be one of: {', '.join(DTYPES)}.")
-        if max_gb is not None and not max_gb > 0:
-            raise UserError(f"reference_cache.max_gb is {max_gb}; it must be above 0, or null for no limit.")
+        check_options(dtype, max_gb)
         description = {"format": 1, "dtype": dtype, "reference": reference}
         text = json.dumps(description, sort_keys=True)
         self.dtype = DTYPES[dtype]
@@ -103,6 +108,7 @@ class ReferenceCache:
         os.utime(manifest)  # its time says when the reference was last used
         _remove_leftovers(self.directory)
         self._verified: set[Path] = set()
+        self._pending: list[tuple[Conversation, torch.Tensor]] = []
         self.refresh()
 
     def __contains__(self, conversation: Conversation) -> bool:
@@ -111,20 +117,27 @@ class ReferenceCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def refresh(self) -> None:
-        """Looks anew at which shards there are."""
+    def refresh(self, shards: Iterable[Path] | None = None) -> None:
+        """Looks anew at which shards there are.
+
+        Args:
+            shards (Iterable[Path] | None): only these, so that all ranks know the same while another process fills.
+        """
         self._entries: dict[bytes, _Entry] = {}
-        for shard in shards_of(self.directory):
-            try:
-                tensors, _ = _open_shard(shard)
-            except FileNotFoundError:  # another process has just removed it
-                continue
-            except SafetensorError:
-                self._discard(shard)
-                continue
-            offsets = tensors["offsets"].tolist()
-            for row, key in enumerate(tensors["keys"].numpy()):
-                self._entries[key.tobytes()] = _Entry(shard, tensors, offsets[row], offsets[row + 1])
+        for shard in shards_of(self.directory) if shards is None else shards:
+            self._enter(shard)
+
+    def _enter(self, shard: Path) -> None:
+        try:
+            tensors, _ = _open_shard(shard)
+        except FileNotFoundError:  # another process has just removed it
+            return
+        except SafetensorError:
+            self._discard(shard)
+            return
+        offsets = tensors["offsets"].tolist()
+        for row, key in enumerate(tensors["keys"].numpy()):
+            self._entries[key.tobytes()] = _Entry(shard, tensors, offsets[row], offsets[row + 1])
 
     def get(self, conversations: Iterable[Conversation]) -> torch.Tensor:
         """The stored columns of conversations, one after the other.
@@ -167,6 +180,32 @@ class ReferenceCache:
             size += len(conversation.tokens)
         return [pending for shard in shards if (pending := [c for c in shard if c not in self])]
 
+    def missing(self, conversations: Iterable[Conversation]) -> list[Conversation]:
+        """The conversations that are not stored, each once, the longest first."""
+        unique = {conversation_key(c): c for c in conversations}
+        return sorted((c for key, c in unique.items() if key not in self._entries), key=lambda c: -len(c.tokens))
+
+    def add(self, conversations: Sequence[Conversation], columns: Sequence[torch.Tensor]) -> None:
+        """Keeps columns in memory, readable at once, until there are enough for a shard.
+
+        Args:
+            conversations (Sequence[Conversation]): none of them stored.
+            columns (Sequence[torch.Tensor]): their columns, ``[n_i, C]`` float32.
+        """
+        for conversation, part in zip(conversations, columns, strict=True):
+            self._entries[conversation_key(conversation)] = _Entry(None, self._centred(part), 0, len(part))
+            self._pending.append((conversation, part))
+        if sum(len(conversation.tokens) for conversation, _ in self._pending) >= SHARD_TOKENS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what :meth:`add` has kept, as one shard."""
+        if self._pending:
+            conversations, columns = zip(*self._pending, strict=True)
+            self.store(conversations, columns)
+            self._enter(self._path_of(conversations))
+            self._pending.clear()
+
     def has_shard(self, conversations: Sequence[Conversation]) -> bool:
         """Whether a shard of exactly these conversations lies there, which another process may have stored meanwhile."""
         shard = self._path_of(conversations)
@@ -186,16 +225,19 @@ class ReferenceCache:
             columns (Sequence[torch.Tensor]): their columns, ``[n_i, C]`` float32.
         """
         keys = b"".join(conversation_key(c) for c in conversations)
-        values = torch.cat(list(columns)).float().cpu()
-        maximum = values.max(dim=-1).values
         tensors = {
             "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16),
             "offsets": torch.tensor([0] + [len(part) for part in columns]).cumsum(0),
-            "values": (values - maximum[:, None]).to(self.dtype),
-            "maximum": maximum,
+            **self._centred(torch.cat(list(columns))),
         }
         with atomic_file(self._path_of(conversations)) as file:
             save_file(tensors, file, metadata={"checksum": _checksum(tensors)})
+
+    def _centred(self, columns: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Columns ``[n, C]`` as they are stored."""
+        columns = columns.float().cpu()
+        maximum = columns.max(dim=-1).values
+        return {"values": (columns - maximum[:, None]).to(self.dtype), "maximum": maximum}
 
     def make_room(self, shards: Iterable[Sequence[Conversation]], width: int) -> list[str]:
         """Removes least recently used references, never this one, until ``max_gb`` holds after a fill.
@@ -325,25 +367,10 @@ def is_damaged(shard: Path) -> bool:
     return checksum != _checksum(tensors)
 
 
-def batches_of(conversations: Sequence[Conversation], max_tokens: int = BATCH_TOKENS) -> list[list[Conversation]]:
-    """Cuts conversations, sorted longest first, into batches that are hardly padded.
-
-    Args:
-        conversations (Sequence[Conversation]): any number.
-        max_tokens (int): of a batch, padding included; a longer conversation is a batch of its own.
-
-    Returns:
-        list[list[Conversation]]: in the same order.
-    """
-    batches: list[list[Conversation]] = []
-    for conversation in conversations:
-        length = len(conversation.tokens)
-        width = len(batches[-1][0].tokens) if batches else 0
-        # Where the lengths drop, as from whole conversations to responses alone, a batch ends early.
-        if not batches or width * (len(batches[-1]) + 1) > max_tokens or length < LEAST_FILLED * width:
-            batches.append([])
-        batches[-1].append(conversation)
-    return batches
+def batches_of(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
+    """Cuts conversations, the longest first, into the batches of a reference's forwards, which are hardly padded."""
+    lengths = [len(conversation.tokens) for conversation in conversations]
+    return [[conversations[i] for i in batch] for batch in batches_by_length(lengths, BATCH_TOKENS)]
 
 
 def _remove_leftovers(directory: Path) -> None:

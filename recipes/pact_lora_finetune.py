@@ -40,19 +40,19 @@ from pact_tune.conversations import Conversation, response_only_prefix
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, remove_partial
 from pact_tune.objectives import Reference
-from pact_tune.reference_cache import ReferenceCache, batches_of
+from pact_tune.reference_cache import ReferenceCache, batches_of, shards_of
 from pact_tune.stamp import data_fingerprint, fingerprint
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.config import complete, register_resolvers, resolve_argv
 from pact_tune.torchtune.model import Decoder
 from pact_tune.version import __version__
 
-log = utils.get_logger("INFO")
-
 STATE_FILE = "recipe_state.pt"
+SAMPLED_ROWS = 256  # rows on which the reference's mass on S is reported where it has to be computed for that
 CHECKED_ROWS = 4  # rows whose cached reference is compared with the live one at the start of a run
 # Mean total variation between cached and live reference that storage and the shape of a batch account for.
 CHECK_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+SECONDS_FOR_RANK_0 = 60  # after which a rank that alone met an error says so itself
 MASS_RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 
 
@@ -105,6 +105,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.checkpointer = config.instantiate(cfg.checkpointer)
         self.objective = config.instantiate(cfg.loss)
         self._say(self.objective.prepare(self.tokenizer, self.checkpointer.vocab_size))
+        if "response_only" in self.objective.views:
+            self.prefix = response_only_prefix(self.tokenizer, self.objective.response_only_bos)
         self.dataset = config.instantiate(cfg.dataset, self.tokenizer)
         for counts in self.dataset.counts:
             self._say(f"Data: {counts}")
@@ -136,6 +138,16 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         if cfg.max_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, cfg.max_steps_per_epoch)
         self.total_steps = self.steps_per_epoch * cfg.epochs
+        used = {row for epoch in range(cfg.epochs) for row in self._rows(epoch)}
+        self.used = [self.dataset.conversations[row] for row in sorted(used)]
+
+    def _rows(self, epoch: int) -> list[int]:
+        """Row numbers of an epoch, in the order in which its steps take them."""
+        cfg = self.cfg
+        order = epoch_order(len(self.dataset), cfg.seed, epoch, cfg.shuffle)
+        if cfg.batch_by_length:
+            order = group_by_length(order, self.lengths, self.rows_per_step, cfg.seed, epoch)
+        return order[: self.steps_per_epoch * self.rows_per_step]
 
     def _setup_model(self, state: dict[str, Any] | None) -> torch.nn.Module:
         """Base weights from the checkpoint, adapter from the seed or from the state of the run to resume."""
@@ -168,7 +180,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     def _check_length(self, model: torch.nn.Module) -> None:
         """Raises UserError when a row of the data does not fit into the model."""
         in_a_row = self.cfg.batch_size if self.cfg.packed else 1
-        longest = sum(sorted((len(c.tokens) for c in self.dataset.conversations), reverse=True)[:in_a_row])
+        longest = sum(sorted(self.lengths, reverse=True)[:in_a_row])
         if longest > model.max_seq_len:
             raise UserError(
                 f"The longest row{'s that may be packed have' if self.cfg.packed else ' has'} {longest} tokens, and the model "
@@ -178,10 +190,10 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     def _check_full(self) -> None:
         """Raises UserError where training all weights needs something that the config does not give."""
         self._say("The model builder has no adapters: all weights are trained.")
-        if self.objective.views and self.cfg.reference_cache is None:
+        if self.objective.views and (self.cfg.reference_cache is None or self.cfg.reference_cache.lazy):
             raise UserError(
                 "Full fine-tuning moves the weights that the reference is computed with, so it must be stored before the "
-                "first step: set reference_cache, or name a lora_* builder in model._component_."
+                "first step: set reference_cache, with lazy: False, or name a lora_* builder in model._component_."
             )
         if self.cfg.save_adapter_weights_only:
             raise UserError("save_adapter_weights_only needs an adapter: set it to False, or name a lora_* builder.")
@@ -204,15 +216,15 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self._say(f"Resuming after step {self.global_step} of {self.total_steps}.")
 
     def _setup_reference(self) -> None:
-        """Computes and stores the reference of all rows, unless the objective needs none or it is to be run live."""
-        self.cache = None
+        """Opens the cache and fills it, unless steps are to do that, or the objective needs none, or it runs live."""
+        self.cache, self.lazy = None, False
         if not self.objective.views:
             return
-        if "response_only" in self.objective.views:
-            self.prefix = response_only_prefix(self.tokenizer, self.objective.response_only_bos)
-        if self.cfg.reference_cache is None:
-            self._report_mass(self.dataset.conversations[:: max(1, len(self.dataset) // 256)])
-            return
+        if self.cfg.reference_cache is not None:
+            self._setup_cache()
+        self._report_mass()
+
+    def _setup_cache(self) -> None:
         columns = self.objective.columns
         network = OmegaConf.to_container(self.cfg.model, resolve=True)
         reference = {
@@ -224,19 +236,25 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             "safety_tokens": columns.ids.tolist(),
             "tail": columns.tail,
         }
-        self.cache = ReferenceCache(reference=reference, **self.cfg.reference_cache)
+        options = dict(self.cfg.reference_cache)
+        self.lazy = options.pop("lazy")
+        self.cache = ReferenceCache(reference=reference, **options)
         self._fill_cache()
         self._check_cache()
-        self._report_mass(self.dataset.conversations)
 
     def _fill_cache(self) -> None:
         """Stores what is missing; under FSDP every rank runs the same number of forwards."""
         plan = [self._plan_fill() if self.rank == 0 else None]
         if self.world_size > 1:  # rank 0 decides: another process may be filling the same cache meanwhile
             dist.broadcast_object_list(plan)
-        (shards,) = plan
-        if isinstance(shards, UserError):
-            raise shards
+        (plan,) = plan
+        if isinstance(plan, UserError):
+            raise plan
+        shards, stored = plan
+        if self.lazy:
+            self.cache.refresh(stored)
+            self._say(f"Reference cache: steps compute what {self.cache.directory} lacks")
+            return
         if not shards:
             self._say(f"Reference cache: nothing to compute, all views are in {self.cache.directory}")
             return
@@ -255,7 +273,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                     for batch in batches_of(shard):
                         parts += self._reference_of(batch)
                         forwards -= 1
-                        bar.update(sum(len(c.tokens) for c in batch) * self.world_size)
+                        done = sum(len(c.tokens) for c in batch) * self.world_size  # as if all ranks were equally fast
+                        bar.update(min(done, tokens - bar.n))
                     self.cache.store(shard, parts)
             for _ in range(forwards if self.world_size > 1 else 0):
                 self._reference_of([])
@@ -263,15 +282,33 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             dist.barrier()
         self.cache.refresh()
 
-    def _plan_fill(self) -> list[list[Conversation]] | UserError:
-        """What is to be computed, with room made for it; an error is returned, so that all ranks can raise it."""
+    def _plan_fill(self) -> tuple[list[list[Conversation]], list[Path]] | UserError:
+        """What to compute and which shards there are, with room made; an error is returned, so that all ranks raise it."""
         try:
-            shards = self.cache.plan(view for c in self.dataset.conversations for view in self._views(c))
+            shards = self.cache.plan(view for c in self.used for view in self._views(c))
             for name in self.cache.make_room(shards, self.objective.columns.width):
                 self._say(f"Reference cache: removed {name}, the least recently used, to keep within max_gb")
         except UserError as error:
             return error
-        return shards
+        return shards, shards_of(self.cache.directory)
+
+    def _fill_lazily(self, rows: list[int]) -> None:
+        """Computes what the cache lacks of a step's rows; ranks share the work, and all keep all of it.
+
+        So all ranks know the same cache, and agree without a word whether a forward of the reference is needed.
+        """
+        missing = self.cache.missing(view for row in rows for view in self._views(self.dataset.conversations[row]))
+        if not missing:
+            return
+        shares = [batches_of(rank_rows(missing, rank, self.world_size)) for rank in range(self.world_size)]
+        mine = shares[self.rank] + [[]] * (max(map(len, shares)) - len(shares[self.rank]))
+        views = [view for batch in mine for view in batch]
+        computed = views, [columns.cpu() for batch in mine for columns in self._reference_of(batch)]
+        of_ranks = [computed] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(of_ranks, computed)
+        for views, columns in of_ranks:
+            self.cache.add(views, columns)
 
     def _check_cache(self) -> None:
         """Compares the cache with the live reference on a few rows.
@@ -279,8 +316,11 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         Raises:
             UserError: they differ, as they do when a cache was filled with an adapter left on, or by a faulty kernel.
         """
-        rows = self.dataset.conversations[:: max(1, len(self.dataset) // CHECKED_ROWS)][:CHECKED_ROWS]
-        views = sorted((view for row in rows for view in self._views(row)), key=lambda c: -len(c.tokens))
+        rows = self.used[:: max(1, len(self.used) // CHECKED_ROWS)][:CHECKED_ROWS]
+        views = [view for row in rows for view in self._views(row) if view in self.cache]
+        if not views:
+            return  # nothing is stored yet that steps have to fill
+        views.sort(key=lambda c: -len(c.tokens))
         live = torch.cat([part for batch in batches_of(views) for part in self._reference_of(batch)]).cpu()
         distance = (live.softmax(-1) - self.cache.get(views).softmax(-1)).abs().sum(-1).mean() / 2
         self._say(f"Reference cache: {len(views)} views checked, distance to the live reference {distance:.1e}")
@@ -304,7 +344,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         columns = self.decoder.reference_columns(conversations, self.objective.columns)
         return list(columns.split([c.num_response_tokens for c in conversations]))
 
-    def _report_mass(self, conversations: Sequence[Conversation]) -> None:
+    def _report_mass(self) -> None:
         """Says how much probability the reference gives to S on the training rows (with the tail alone it is known).
 
         Much of it at position 0 means that the rows begin unlike the aligned model's own answers, or that S holds mere
@@ -313,8 +353,10 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         if not self.objective.columns.tail:
             return
         total, count = torch.zeros(len(MASS_RANGES)), torch.zeros(len(MASS_RANGES))
-        for batch in batches_of(sorted(conversations, key=lambda c: -len(c.tokens))):
-            full = self.cache.get(batch) if self.cache else torch.cat(self._reference_of(batch)).cpu()
+        stored = self.cache is not None and not self.lazy
+        conversations = self.used if stored else self.used[:: max(1, len(self.used) // SAMPLED_ROWS)]
+        for batch in batches_of(conversations):
+            full = self.cache.get(batch) if stored else torch.cat(self._reference_of(batch)).cpu()
             mass = 1 - full.softmax(-1)[:, -1]
             position = collate(batch, 0).position
             for i, (start, end) in enumerate(MASS_RANGES.values()):
@@ -339,9 +381,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
         while self.global_step < self.total_steps:
             epoch, done = divmod(self.global_step, self.steps_per_epoch)
-            order = epoch_order(len(self.dataset), cfg.seed, epoch, cfg.shuffle)
-            if cfg.batch_by_length:
-                order = group_by_length(order, self.lengths, self.rows_per_step, cfg.seed, epoch)
+            rows = self._rows(epoch)
             steps = range(done, self.steps_per_epoch)
             self._start_interval()
             with tqdm(
@@ -349,7 +389,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                 unit="step", disable=self.rank != 0,
             ) as bar:  # fmt: skip
                 for step in bar:
-                    self._step(order[step * self.rows_per_step : (step + 1) * self.rows_per_step])
+                    self._step(rows[step * self.rows_per_step : (step + 1) * self.rows_per_step])
                     last = step + 1 == self.steps_per_epoch
                     if self.global_step % cfg.log_every_n_steps == 0 or last:
                         bar.set_postfix_str(self._log())
@@ -362,6 +402,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         """One optimiser step on a global batch, given by its row numbers."""
         # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
         torch.manual_seed((self.cfg.seed * 1_000_003 + self.global_step) * 1024 + self.rank)
+        if self.lazy:
+            self._fill_lazily(rows)
         # The loss of a step does not depend on how it is cut into micro-batches: like lengths together pad least.
         rows = sorted(rows, key=lambda row: self.lengths[row])
         response_tokens = sum(self.dataset.conversations[row].num_response_tokens for row in rows)
@@ -482,6 +524,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
 
     def _save_state(self) -> None:
         """Writes all that a resumption needs to one file, which is replaced as a whole."""
+        if self.lazy:
+            self.cache.flush()
         trained = lora.gather(self.model)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
@@ -580,8 +624,10 @@ def run(cfg: DictConfig, work: Callable[[PACTLoRAFinetuneRecipe], None]) -> str 
         work(recipe)
         recipe.cleanup()
     except UserError as error:
-        # Every rank meets the same error; one says it. (torchrun sets RANK.)
-        return f"pact_lora_finetune: {error}" if os.environ.get("RANK", "0") == "0" else ""
+        # Every rank meets the same error; one says it. torchrun ends all with the first that fails: let that be rank 0.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(SECONDS_FOR_RANK_0)
+        return f"pact_lora_finetune: {error}"
     return None
 
 

@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from tiny import tiny_model
 
 from pact_tune import load_tokenizer, safety_tokens_from_templates
+from pact_tune.batching import Batch
+from pact_tune.torchtune.model import Decoder
 
 SIZES = {
     "num_layers": 2,
@@ -190,3 +193,23 @@ def logged(output_dir: Path | str, name: str) -> list[float]:
     """One metric of a run, step by step, from torchtune's DiskLogger."""
     texts = [path.read_text() for path in sorted(Path(output_dir, "logs").glob("*.txt"))]
     return [float(value) for value in re.findall(rf"\b{name}:(\S+)", "".join(texts))]
+
+
+def logits_of(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    """What the network in training gives at every position: ``[B, S]`` to ``[B, S, V]``."""
+    everywhere = torch.arange(tokens.numel())
+    with torch.no_grad():
+        return decoder._forward(Batch(tokens, *[everywhere] * 3), decoder._logits).view(*tokens.shape, -1)
+
+
+def count_reference_rows(monkeypatch) -> list[int]:
+    """A list that grows by one number with each forward of the reference from now on: its conversations."""
+    counts = []
+    original = Decoder.reference_columns
+
+    def counted(self, conversations, columns):
+        counts.append(len(conversations))
+        return original(self, conversations, columns)
+
+    monkeypatch.setattr(Decoder, "reference_columns", counted)
+    return counts

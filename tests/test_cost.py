@@ -3,6 +3,7 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
+from recipe import count_reference_rows
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -15,7 +16,7 @@ from benchmarks.published import published_loss
 from pact_tune.batching import collate
 from pact_tune.conversations import Conversation, response_only_prefix
 from pact_tune.head import CHUNK, Columns
-from pact_tune.objectives import Reference, pact
+from pact_tune.objectives import SFT, Reference, pact
 from pact_tune.torchtune.model import Decoder
 
 # Head and trunk in the proportion of Qwen2.5-7B; and a vocabulary that outweighs everything else.
@@ -74,8 +75,8 @@ def test_flops_of_a_step(tmp_path):
         for variant in ("torchtune", "sft", "cold", "warm", "published")
     }
     assert counted["warm"] <= counted["sft"]
-    assert counted["warm"] <= 0.97 * counted["torchtune"]
-    assert counted["published"] >= 1.7 * counted["warm"]
+    assert counted["warm"] <= 0.90 * counted["torchtune"]
+    assert counted["published"] >= 1.9 * counted["warm"]
     assert 1.3 * counted["warm"] <= counted["cold"] < counted["published"]
 
 
@@ -83,7 +84,7 @@ def test_padding_to_512_is_most_of_the_published_cost_on_short_rows(tmp_path):
     published, warm = (
         flops(benchmark.make_step(variant, tmp_path, "toy", "AG News", *SHAPE)) for variant in ("published", "warm")
     )
-    assert published >= 8 * warm
+    assert published >= 9.5 * warm
 
 
 def test_trunk_passes(tmp_path):
@@ -99,14 +100,7 @@ def test_trunk_passes(tmp_path):
 
 def test_no_reference_after_the_filling(tmp_path, monkeypatch):
     """Both epochs of a run, another lambda and another seed; a new run looks at a few rows, and that is all."""
-    forwards = []
-    original = Decoder.reference_columns
-
-    def counted(self, conversations, columns):
-        forwards.append(len(conversations))
-        return original(self, conversations, columns)
-
-    monkeypatch.setattr(Decoder, "reference_columns", counted)
+    forwards = count_reference_rows(monkeypatch)
     recipe = recipe_of(tmp_path, "toy", "short")
     assert sum(forwards) == 16 + 8  # both views of 8 rows, and of the 4 that are checked
     forwards.clear()
@@ -203,8 +197,9 @@ def test_the_step_never_waits_for_the_device_and_has_no_loop_over_rows(tmp_path,
 # TFLOP of the warm step: 2 rows of 128 + 128 tokens, no recomputation. Llama 3 has the shapes of Llama 3.1, whose
 # rotary embeddings cannot be made without data.
 TRUE_SIZES = {
-    "Qwen2.5-7B": (benchmark.SIZES["Qwen2.5-7B"], 13.9),
-    "Llama-3.1-8B": ({"_component_": "torchtune.models.llama3.lora_llama3_8b"}, 14.8),
+    "Qwen2.5-7B": (benchmark.SIZES["Qwen2.5-7B"], 13.65),
+    "Llama-3.1-8B": ({"_component_": "torchtune.models.llama3.lora_llama3_8b"}, 14.58),
+    "Gemma-2-9B": ({"_component_": "pact_tune.torchtune.gemma2.lora_gemma2_9b"}, 18.01),
 }
 
 
@@ -215,7 +210,7 @@ def test_counts_at_true_sizes(name):
     rows = [Conversation(list(range(100, 356)), [(128, 256)]), Conversation(list(range(400, 656)), [(128, 256)])]
     with FakeTensorMode(), torch.device("cpu"):
 
-        def network():
+        def network(section=section):
             torch.set_default_dtype(torch.bfloat16)
             model = config.instantiate(OmegaConf.create(section | benchmark.LORA))
             torch.set_default_dtype(torch.float32)
@@ -232,20 +227,22 @@ def test_counts_at_true_sizes(name):
                 work().backward()
             return counter.total / 1e12
 
-        def ours():
+        def ours(objective, reference):
             decoder = Decoder(network(), 0, torch.device("cpu"))
             return lambda: decoder.loss(collate(rows, 0), objective, reference, 1.0)[0]
 
         def torchtune():
-            model, loss = network(), CEWithChunkedOutputLoss()
+            model, loss = network(benchmark.torchtunes_own(section)), CEWithChunkedOutputLoss()
             model.set_num_output_chunks(loss.num_output_chunks)
             tokens = torch.zeros(2, 256, dtype=torch.long)
             return lambda: loss(model(tokens), torch.zeros(2, 256, dtype=torch.long))
 
-        warm = count(ours())
+        warm = count(ours(objective, reference))
+        sft = count(ours(SFT(), Reference()))
         theirs = count(torchtune())
         model, frozen = network(), network().requires_grad_(False)
         published = count(lambda: published_loss(model, frozen, rows, [1, 2, 3], ids, weights, 1.0, 0, pad_to=256))
-    assert warm <= 0.97 * theirs
-    assert published >= 1.8 * warm
-    assert warm == pytest.approx(expected, rel=0.02)
+    assert warm <= sft
+    assert warm <= 0.95 * theirs
+    assert published >= 1.84 * warm
+    assert warm == pytest.approx(expected, rel=0.002)

@@ -368,7 +368,7 @@ def test_n_counts_rows_that_can_be_used(tokenizer, tmp_path):
 
 
 def test_files_that_cannot_be_read(tokenizer, tmp_path):
-    assert "'no.json' does not exist: check dataset.source" in error_of(tokenizer, "no.json")
+    assert "'no.json' does not exist: check the path" in error_of(tokenizer, "no.json")
     for kind, content, words in (
         ("broken.json", '[{"prompt": ', "is not valid JSON"),
         ("lines.json", '{"a": 1}\n{"a": 2}\n', "one row a line is called .jsonl"),

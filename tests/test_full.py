@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from recipe import full_finetuning, logged, tune_run, tune_run_processes, write_workspace
+from recipe import full_finetuning, logged, logits_of, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -34,7 +34,7 @@ def test_result_is_the_trained_model_and_the_reference_the_one_before(tmp_path, 
     assert not (result / "adapter").exists()
     decoder, batch = last
     with torch.no_grad():
-        live = decoder._forward(batch, decoder._logits)
+        live = logits_of(decoder, batch.tokens)
         model = AutoModelForCausalLM.from_pretrained(result, attn_implementation="eager")
         torch.testing.assert_close(model(batch.tokens).logits, live, atol=1e-4, rtol=0)
     base, tuned = load_file(tmp_path / "model" / "model.safetensors"), load_file(result / "model.safetensors")
@@ -115,6 +115,7 @@ def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypat
     ("override", "words"),
     [
         ("reference_cache=null", "must be stored before the first step"),
+        ("reference_cache.lazy=True", "with lazy: False"),
         ("save_adapter_weights_only=True", "an adapter"),
     ],
 )

@@ -68,7 +68,7 @@ def naive(aligned: Path, base: Path, prompts, official: bool, longest: int) -> t
 @pytest.mark.parametrize("preset", ["paper", "official"])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2"])
 def test_equals_a_loop_over_positions(tmp_path, architecture, preset, monkeypatch):
-    monkeypatch.setitem(identification.CHUNK_ROWS, "cpu", 4)  # several chunks a batch
+    monkeypatch.setitem(identification.CHUNK_BYTES, "cpu", 4_000)  # several chunks a batch
     # Gemma 2's soft-cap is set low enough to change the probabilities.
     extra = {"bos": architecture != "qwen2"} | ({"final_logit_softcapping": 2.0} if architecture == "gemma2" else {})
     aligned = tiny.tiny_model(tmp_path / "aligned", architecture, seed=1, **extra)

@@ -4,13 +4,12 @@ import peft
 import pytest
 import torch
 from omegaconf import OmegaConf
-from recipe import ARCHITECTURES, logged, tune_run, tune_run_processes, write_workspace
+from recipe import ARCHITECTURES, logged, logits_of, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file, save_file
 from torchtune import config
 from transformers import AutoModelForCausalLM
 
 from pact_tune import cli
-from pact_tune.batching import Batch
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.head import Columns
@@ -72,11 +71,6 @@ def build(workspace, model, trained):
     checkpointer.check(network, base | adapter)
     network.load_state_dict(base | adapter)
     return Decoder(network, 0, torch.device("cpu")), checkpointer, base, adapter
-
-
-def logits_of(decoder, tokens):
-    with torch.no_grad():
-        return decoder._forward(Batch(tokens, *[torch.empty(0)] * 3), decoder._logits)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ Needs a folder that is not part of this repository, named by the environment var
 
     tokenizers/qwen2.5-hf, tokenizers/llama3-hf    tokenizers in Hugging Face format
     pact_official/SST2_5k_p_0.json                 5,000 rows of SST-2 (instruction, input, output)
+    pact_official/agnews_5k_p_0.json               5,000 rows of AG News
     gsm8k/train.jsonl                              7,473 rows (question, answer)
 
 The weights are random: two layers of each architecture, hidden size 256, the whole vocabulary.
@@ -22,8 +23,9 @@ from recipe import logged, tune_run_processes
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from pact_tune import chat_dataset, load_tokenizer, safety_tokens_from_templates
-from pact_tune.batching import collate, epoch_order
+from pact_tune import ReferenceCache, chat_dataset, load_tokenizer, safety_tokens_from_templates
+from pact_tune.batching import collate, epoch_order, response_only_views
+from pact_tune.conversations import response_only_prefix
 
 pytestmark = pytest.mark.skipif("PACT_TUNE_TEST_DATA" not in os.environ, reason="PACT_TUNE_TEST_DATA is not set")
 DATA = Path(os.environ.get("PACT_TUNE_TEST_DATA", "."))
@@ -150,6 +152,17 @@ def test_every_row_is_tokenized_and_counted(family):
         (counts,) = chat_dataset(tokenizer, entry["source"], max_seq_len=limit, progress=False).counts
         assert counts.used == sum(length <= limit for length in lengths)
         assert counts.too_long == entry["rows"] - counts.used > 0
+
+
+def test_ag_news_has_one_response_only_view_a_label(family, tmp_path):
+    """5,000 rows, four labels: what a fill would compute of that view."""
+    tokenizer = load_tokenizer(str(family / "model"))
+    source = str(DATA / "pact_official" / "agnews_5k_p_0.json")
+    data = chat_dataset(tokenizer, source, max_seq_len=1024, progress=False)
+    prefix = response_only_prefix(tokenizer, bos=False)
+    views = [view for c in data.conversations for view in response_only_views(c, prefix, 64)]
+    assert len(views) == 5000
+    assert sum(map(len, ReferenceCache(tmp_path, {}).plan(views))) == 4
 
 
 @pytest.mark.parametrize(("source", "preset"), [("sst2", "paper"), ("gsm8k", "tail")])

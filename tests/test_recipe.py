@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from recipe import logged, tune_run, tune_run_processes, write_rows, write_workspace
+from recipe import count_reference_rows, logged, logits_of, tune_run, tune_run_processes, write_rows, write_workspace
 from safetensors.torch import load_file
 from test_losses import naive_pact
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from pact_tune import PACTConfig, SafetyTokens, chat_dataset, load_tokenizer
 from pact_tune.batching import response_only_views
 from pact_tune.conversations import response_only_prefix
+from pact_tune.objectives import pact
 from pact_tune.torchtune.model import Decoder
 
 
@@ -42,9 +44,7 @@ def test_exports_are_the_model_that_was_trained(tmp_path, monkeypatch, architect
 
     def loss(self, batch, *rest):
         if len(logits) == 0 or logits[-1][0] is not batch:
-            with torch.no_grad():
-                hidden = self._forward(batch, lambda h: h)
-                logits.append((batch, self._logits(hidden)))
+            logits.append((batch, logits_of(self, batch.tokens)))
         return original(self, batch, *rest)
 
     monkeypatch.setattr(Decoder, "loss", loss)
@@ -160,14 +160,7 @@ def test_each_row_of_table_5_is_a_config(workspace, tmp_path, monkeypatch, row):
 
 def test_cache_is_shared_and_gives_what_the_live_reference_gives(tmp_path, monkeypatch):
     config = write_workspace(tmp_path, rows=16)
-    forwards = []
-    original = Decoder.reference_columns
-
-    def counted(self, conversations, columns):
-        forwards.append(len(conversations))
-        return original(self, conversations, columns)
-
-    monkeypatch.setattr(Decoder, "reference_columns", counted)
+    forwards = count_reference_rows(monkeypatch)
     assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/first", "epochs=2") is None
     assert sum(forwards) == 16 + 16 + 8  # both views of 16 rows, once, for two epochs; and of 4 rows to check the cache
     forwards.clear()
@@ -295,6 +288,12 @@ def test_template_fallback_is_allowed_and_said(workspace, tmp_path, monkeypatch,
     assert "their weights were not measured" in capsys.readouterr().out
 
 
+def test_the_folder_of_the_tokens_may_have_any_name(workspace, tmp_path):
+    shutil.copytree(workspace.parent / "safety_tokens", tmp_path / "{mine}")
+    said = pact(str(tmp_path / "{mine}")).prepare(load_tokenizer(str(workspace.parent / "model")), 1000)
+    assert "{mine}" in said and said.endswith("(templates).")
+
+
 def foreign_tokens(workspace, folder, **provenance):
     tokens = SafetyTokens.load(workspace.parent / "safety_tokens")
     changed = SafetyTokens(
@@ -317,6 +316,7 @@ BAD_INPUT = {
     "misspelt key of the loss": (lambda w, d: ["loss.lamda_kl=3"], "did you mean 'lambda_kl'"),
     "misspelt key of the mix": (lambda w, d: ["dataset.mix.source=a.jsonl", "dataset.mix.fracton=0.1"], "did you mean 'fraction'"),
     "misspelt cache key": (lambda w, d: ["reference_cache.dir=x"], "did you mean 'directory'"),
+    "unknown dtype of the cache": (lambda w, d: ["reference_cache.dtype=int8"], "must be one of: float16, float32"),
     "missing checkpoint": (lambda w, d: ["checkpoint_dir=/nowhere"], "'/nowhere'"),
     "wrong family": (lambda w, d: ["checkpointer.model_type=LLAMA3"], "holds a qwen2"),
     "wrong builder": (lambda w, d: ["model.intermediate_dim=48"], "does not fit the model builder"),

@@ -12,7 +12,7 @@ import pact_lora_finetune
 import pytest
 import torch
 from omegaconf import OmegaConf
-from recipe import tune_run, write_workspace
+from recipe import count_reference_rows, logged, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file
 
 from pact_tune import ReferenceCache, UserError, cli, reference_cache
@@ -68,7 +68,7 @@ def recipe(workspace, tmp_path, monkeypatch):
 
 
 def fill(made, directory) -> ReferenceCache:
-    made.cfg.reference_cache = {"directory": str(directory), "dtype": "float16"}
+    made.cfg.reference_cache = {"directory": str(directory), "dtype": "float16", "lazy": False}
     made._setup_reference()
     return made.cache
 
@@ -113,7 +113,7 @@ def test_equal_responses_are_computed_once(recipe, tmp_path, monkeypatch):
     """24 rows whose responses are four labels: 24 full views and four response-only ones."""
     made = recipe()
     rows = [conversation(50 + i, 60 + i, 7, 10 + i % 4, 3, prompt=3) for i in range(24)]
-    made.dataset.conversations = rows
+    made.used = rows
     computed = []
     original = made.decoder.reference_columns
 
@@ -161,6 +161,47 @@ def test_truncated_and_empty_shards_are_found(tmp_path, capsys):
         assert ReferenceCache(tmp_path, REFERENCE).plan(rows) != []
         assert "is damaged" in capsys.readouterr().out
         filled(tmp_path, rows)
+
+
+LAZY = "reference_cache.lazy=True"
+
+
+def keys_below(root: Path) -> list[bytes]:
+    """Of all that is stored, sorted; one that was stored twice comes twice."""
+    return sorted(key.numpy().tobytes() for shard in root.rglob("shard-*") for key in load_file(shard)["keys"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cache_that_steps_fill_is_as_good(workspace, tmp_path, processes):
+    for name, cache, *overrides in (("eager", "a"), ("lazy", "b", LAZY), ("next", "b", LAZY)):
+        arguments = [f"output_dir={tmp_path}/{name}", f"reference_cache.directory={tmp_path}/{cache}", "epochs=2"]
+        done = tune_run_processes(workspace, *arguments, *overrides, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert ("views checked" in done.stdout + done.stderr) == (name != "lazy")  # what was stored before is checked
+    assert keys_below(tmp_path / "a") == keys_below(tmp_path / "b")
+    for metric in ("ce", "kl"):
+        expected = logged(tmp_path / "eager", metric)
+        for name in ("lazy", "next"):
+            assert logged(tmp_path / name, metric) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_steps_compute_each_view_once(workspace, tmp_path, monkeypatch):
+    forwards = count_reference_rows(monkeypatch)
+    arguments = [LAZY, f"reference_cache.directory={tmp_path}/cache", "save_every_n_steps=3"]
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/one", "epochs=2", *arguments) is None
+    views = sum(forwards)
+    assert 40 < views <= 80  # two views of 40 rows, of which some are equal
+    assert views == len(keys_below(tmp_path / "cache"))
+    forwards.clear()
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/two", "seed=3", *arguments) is None
+    assert sum(forwards) == 8  # the views that are checked
+
+
+def test_only_rows_that_steps_take_are_computed(workspace, tmp_path, monkeypatch):
+    forwards = count_reference_rows(monkeypatch)
+    arguments = [f"output_dir={tmp_path}/out", f"reference_cache.directory={tmp_path}/cache", "max_steps_per_epoch=2"]
+    assert tune_run(monkeypatch, workspace, *arguments) is None
+    assert sum(forwards) == 2 * 8 + 8  # two steps of 4 rows; both views; 4 rows are checked
 
 
 def test_killed_at_twenty_random_points_the_cache_is_the_same_to_the_byte(recipe, tmp_path):
@@ -282,15 +323,19 @@ def test_tools(tmp_path, capsys, workspace, monkeypatch):
 def test_build_fills_and_a_run_then_computes_nothing(tmp_path, monkeypatch, capsys):
     config = write_workspace(tmp_path, rows=8)
     with pytest.raises(SystemExit) as end:
-        cli.main(["cache", "build", str(config), "loss.k=5"])
+        cli.main(["cache", "build", str(config), "loss.k=5", LAZY])  # what a run leaves to its steps, too
     assert not end.value.code
     assert not (tmp_path / "out").exists()
     capsys.readouterr()
     assert tune_run(monkeypatch, config, "loss.k=5") is None
     assert "nothing to compute" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as end:
-        cli.main(["cache", "build", str(config), "bacth_size=3"])
-    assert "did you mean 'batch_size'" in end.value.code
+    for override, words in (
+        ("bacth_size=3", "did you mean 'batch_size'"),
+        ("reference_cache=null", "remove that line"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["cache", "build", str(config), override])
+        assert words in end.value.code
 
 
 def test_shards_hold_two_bytes_a_number(recipe, tmp_path):

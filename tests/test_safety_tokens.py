@@ -9,6 +9,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from pact_tune import cli
 from pact_tune.conversations import encode, load_tokenizer
 from pact_tune.errors import UserError
 from pact_tune.safety_tokens import SafetyTokens, decode_tokens, safety_tokens_from_templates, token_weights
@@ -162,9 +163,22 @@ def test_templates_with_the_real_tokenizers(name):
 
 
 @real_tokenizers
-def test_the_published_qwen_tokens_are_single_ids():
+def test_the_published_qwen_tokens_are_single_ids_and_shown_as_such(tmp_path, capsys):
     tokenizer = load_tokenizer(f"{DATA}/tokenizers/qwen2.5-hf")
-    for word in ("I", "'m", ",", "or", "Such", "provide", "can", "cannot", "but", "assistant"):
-        ids = encode(tokenizer, word)
-        assert len(ids) == 1, word
-        assert decode_tokens(tokenizer, torch.tensor(ids)) == [word]
+    words = ("I", "'m", ",", "or", "Such", "provide", "can", "cannot", "but", "assistant")
+    encoded = [encode(tokenizer, word) for word in words]
+    assert [len(ids) for ids in encoded] == [1] * len(words)
+    ids = torch.tensor(encoded)[:, 0]
+    assert decode_tokens(tokenizer, ids) == list(words)
+
+    scores = torch.linspace(1, 0.1, len(words))
+    candidates = {"ids": ids, "scores": scores, "reference_probability": scores}
+    fields = {"ids": ids, "weights": scores, "scores": scores, "reference_probability": scores}
+    provenance = {"method": "measured", "tokenizer_fingerprint": "f" * 32, "vocab_size": 152064}
+    texts = decode_tokens(tokenizer, ids)
+    made = make(**fields, candidates=candidates, provenance=provenance, tokens=texts, candidate_tokens=texts)
+    made.save(tmp_path / "tokens")
+    assert cli.main(["tokens", "show", str(tmp_path / "tokens")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    for rank, (word, number) in enumerate(zip(words, ids.tolist(), strict=True), 1):
+        assert any(line.split()[:3] == [str(rank), str(number), json.dumps(word)] for line in table), (word, table)

@@ -14,7 +14,7 @@ import torch
 from pact_tune import cli
 from pact_tune.errors import UserError
 from pact_tune.intervention import TokenIntervention, keyword_judge
-from pact_tune.prompts import column, read_rows
+from pact_tune.prompts import column, read_prompts
 from pact_tune.safety_tokens import SafetyTokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def test_where_and_number_choose_prompts(here):
         (["--where", "kind=zzz"], "holds no rows with kind=zzz"),
         (["--where", "kind"], "COLUMN=VALUE"),
         (["--num-prompts", "0"], "at least 1"),
-        (["--prompts", "absent.jsonl"], "There is no file 'absent.jsonl'"),
+        (["--prompts", "absent.jsonl"], "'absent.jsonl' does not exist"),
         (["--leave-out-style"], "benign prompts"),
     ],
 )
@@ -197,7 +197,7 @@ def test_publish_and_download_by_the_environment_alone(here, tmp_path):
 )
 def test_prompt_files(tmp_path, name, text, expected):
     (tmp_path / name).write_bytes(text.encode())
-    assert column(read_rows(tmp_path / name), "prompt", name) == expected
+    assert column(read_prompts(tmp_path / name), "prompt", name) == expected
 
 
 @pytest.mark.parametrize(
@@ -208,10 +208,12 @@ def test_prompt_files(tmp_path, name, text, expected):
         ("a.json", "{}", "not a JSON list"),
         ("a.csv", "prompt,n\na,1\n,2\n", "Row 2"),
         ("a.csv", "prompt\n", "holds no rows"),
+        ("a.csv", "prompt,n\na, b,1\n", "more fields than columns at line 2"),
+        ("a.csv", 'prompt,n\n"a,1\n', "not valid CSV"),
         ("a.pdf", "x", "unknown kind"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
-        column(read_rows(tmp_path / name), "prompt", name)
+        column(read_prompts(tmp_path / name), "prompt", name)

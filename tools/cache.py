@@ -108,21 +108,31 @@ def _prune(root: Path, max_gb: float | None, older_than: float | None) -> int:
 def _matching(root: Path, name: str) -> list[Summary]:
     found = [summary for summary in summaries(root) if summary.name.startswith(name)]
     if not found:
-        raise UserError(f"There is no reference '{name}' in '{root}': see `pact cache list`, or give --directory.")
+        which = f"no reference '{name}'" if name else "no reference"
+        raise UserError(f"There is {which} in '{root}': see `pact cache list`, or give --directory.")
     return found
 
 
 def _build(name: str, overrides: list[str]) -> int:
     """Sets the recipe up, which fills the cache; on several processes: `torchrun ... -m pact_tune.tools.cache build`."""
     import pact_lora_finetune  # the recipe's imports take seconds that the other commands need not wait
+    from omegaconf import DictConfig, OmegaConf
     from torchtune import config
 
     from pact_tune.torchtune.config import register_resolvers, resolve_argv
 
     register_resolvers()
     sys.argv = resolve_argv(["pact cache build", "--config", name, *overrides])
-    # torchtune's decorator parses a recipe's command line, and ends with sys.exit.
-    config.parse(lambda cfg: pact_lora_finetune.run(cfg, lambda recipe: None))()
+
+    def fill(cfg: DictConfig) -> str | None:
+        if "reference_cache" in cfg and cfg.reference_cache is None:
+            return (
+                "pact cache build: the config sets reference_cache: null, so a run would not read it: remove that line."
+            )
+        cfg = OmegaConf.merge(cfg, {"reference_cache": {"lazy": False}})
+        return pact_lora_finetune.run(cfg, lambda recipe: None)
+
+    config.parse(fill)()  # parses a recipe's command line, and ends with sys.exit
     return 0
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from pact_tune import cli
 from pact_tune.errors import UserError
 from pact_tune.identification import PRESETS, identify_safety_tokens, remove_work_dir
-from pact_tune.prompts import column, read_rows
+from pact_tune.prompts import column, read_prompts
 
 # Both sets are gated: accept their terms on the Hub, and log in.
 PROMPT_SETS: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int | None:
     prompts, responses = _read_prompts(args)
     benign = None
     if args.benign_prompts:
-        benign = column(read_rows(args.benign_prompts), args.benign_column, args.benign_prompts)
+        benign = column(read_prompts(args.benign_prompts), args.benign_column, args.benign_prompts)
     chosen = ("ranking", "weighting", "average", "base_prompting", "max_response_tokens", "include_eos", "num_prompts")
     options = PRESETS[args.preset] | {name: vars(args)[name] for name in chosen if vars(args)[name] is not None}
     same = ("k", "temperature", "seed", "tokens_per_batch", "device", "device_map", "dtype", "leave_out_style")
@@ -110,7 +110,7 @@ def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str] | None
         if not equals:
             raise UserError(f"--where needs COLUMN=VALUE, not '{condition}'.")
         named["where"] = named["where"] | {key: value}
-    rows = read_rows(**named, split=args.prompts_split, limit=args.num_prompts)
+    rows = read_prompts(**named, split=args.prompts_split, limit=args.num_prompts)
     responses = column(rows, args.response_column, args.prompts) if args.response_column else None
     return column(rows, name, args.prompts), responses
 

@@ -6,7 +6,7 @@ import sys
 from pact_tune import cli
 from pact_tune.errors import UserError
 from pact_tune.intervention import BOOST, Answerer, intervene, load_judge
-from pact_tune.prompts import column, read_rows
+from pact_tune.prompts import column, read_prompts
 from pact_tune.safety_tokens import SafetyTokens
 
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int | None:
         raise UserError("--draws, --max-new-tokens and --tokens-per-batch must be at least 1.")
     judge = load_judge(args.judge)
     tokens = SafetyTokens.load(args.tokens, subfolder=args.subfolder)
-    prompts = column(read_rows(args.prompts, limit=args.num_prompts), args.prompt_column, args.prompts)
+    prompts = column(read_prompts(args.prompts, limit=args.num_prompts), args.prompt_column, args.prompts)
     answerer = Answerer(
         args.model, device=args.device, tokens_per_batch=args.tokens_per_batch, max_new_tokens=args.max_new_tokens
     )

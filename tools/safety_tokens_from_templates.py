@@ -7,7 +7,7 @@ from pathlib import Path
 from pact_tune import cli, hub
 from pact_tune.conversations import load_tokenizer
 from pact_tune.errors import UserError
-from pact_tune.prompts import column, read_rows
+from pact_tune.prompts import column, read_prompts
 from pact_tune.safety_tokens import safety_tokens_from_templates
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parser.parse_args(argv)
     if args.k is not None and args.k < 1:
         raise UserError(f"-k must be at least 1, not {args.k}.")
-    templates = column(read_rows(args.templates), "prompt", args.templates) if args.templates else None
+    templates = column(read_prompts(args.templates), "prompt", args.templates) if args.templates else None
     known = hub.KNOWN.get(args.tokenizer.lower())
     tokens = safety_tokens_from_templates(load_tokenizer(known.aligned if known else args.tokenizer), templates)
     if args.k is not None:

@@ -120,9 +120,9 @@ def _plot(tokens: SafetyTokens, path: Path) -> None:
 
 def _print_coverage(tokens: SafetyTokens, args: argparse.Namespace) -> None:
     from pact_tune.intervention import Answerer, coverage, load_judge
-    from pact_tune.prompts import column, read_rows
+    from pact_tune.prompts import column, read_prompts
 
-    prompts = column(read_rows(args.prompts), args.prompt_column, args.prompts)
+    prompts = column(read_prompts(args.prompts), args.prompt_column, args.prompts)
     share, refusals = coverage(Answerer(args.model, device=args.device), tokens, prompts, load_judge(args.judge))
     print(
         f"Coverage: S holds {100 * share:.1f} % of the first token's probability, over {refusals} refusals "

@@ -15,6 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
+from pact_tune.conversations import render
 from pact_tune.demo import generator
 
 CHAT_TEMPLATE = (
@@ -80,11 +81,10 @@ def encode(tokenizer, rows, response_only):
     """Return one (ids, labels) pair of int lists a row; labels cover the response, or everything."""
     encoded = []
     for row in rows:
-        header = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
-        response = tokenizer.encode(generator.answer_of(row), add_special_tokens=False) + [tokenizer.eos_token_id]
-        ids = header + response
-        labels = [IGNORED] * len(header) + response if response_only else ids
-        encoded.append((ids, labels))
+        chat = render(tokenizer, row["messages"])
+        start = chat.responses[0][0]
+        labels = [IGNORED] * start + chat.tokens[start:] if response_only else chat.tokens
+        encoded.append((chat.tokens, labels))
     return encoded
 
 

@@ -6,6 +6,7 @@ import pathlib
 import torch
 import transformers
 
+from pact_tune.conversations import load_tokenizer, render_prompt
 from pact_tune.demo import generator, judge
 
 MAX_NEW_TOKENS = 48  # the longest well-formed answer has fewer tokens
@@ -14,15 +15,13 @@ FIRST_POSITIONS = 8
 
 def load_model(folder):
     """Load a Hugging Face folder as (model, tokenizer); the weights are computed with in float32."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), tokenizer
+    return model.eval(), load_tokenizer(folder)
 
 
 def encode_prompts(tokenizer, prompts):
     """Render user texts with the chat template, up to and with the assistant header; a list of int lists."""
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    return [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
 @torch.inference_mode()

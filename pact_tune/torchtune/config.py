@@ -12,6 +12,7 @@ from torchtune.config._utils import _get_component_from_path
 import pact_tune.configs
 import pact_tune.demo
 from pact_tune.errors import UserError, unknown_key
+from pact_tune.reference_cache import check_options
 
 CONFIG_ROOT = Path(pact_tune.configs.__file__).parent
 
@@ -40,7 +41,7 @@ DEFAULTS: dict[str, Any] = {
     "max_steps_per_epoch": None,
     "clip_grad_norm": None,
     "lr_scheduler": None,
-    "reference_cache": {"directory": None, "dtype": "float16", "max_gb": None},
+    "reference_cache": {"directory": None, "dtype": "float16", "max_gb": None, "lazy": False},
     "packed": False,
     "enable_activation_checkpointing": False,
     "enable_activation_offloading": False,
@@ -51,7 +52,6 @@ DEFAULTS: dict[str, Any] = {
     "save_every_n_steps": None,
     "save_adapter_weights_only": False,
 }
-REFERENCE_CACHE_KEYS = ("directory", "dtype", "max_gb")
 
 
 def register_resolvers() -> None:
@@ -121,12 +121,15 @@ def complete(cfg: DictConfig) -> DictConfig:
             raise UserError(f"Section '{name}' needs a _component_ that says what to build.")
     if OmegaConf.is_dict(cache := cfg.get("reference_cache")):
         for key in cache:
-            if key not in REFERENCE_CACHE_KEYS:
-                raise unknown_key(str(key), REFERENCE_CACHE_KEYS, "section 'reference_cache'")
+            if key not in DEFAULTS["reference_cache"]:
+                raise unknown_key(str(key), DEFAULTS["reference_cache"], "section 'reference_cache'")
     defaults = OmegaConf.create(DEFAULTS)
     if "reference_cache" in cfg and cfg.reference_cache is None:
         defaults.reference_cache = None  # null means no cache, not the default one
-    return OmegaConf.merge(defaults, cfg)
+    cfg = OmegaConf.merge(defaults, cfg)
+    if cfg.reference_cache is not None:
+        check_options(cfg.reference_cache.dtype, cfg.reference_cache.max_gb)
+    return cfg
 
 
 def check_component(name: str, section: DictConfig) -> None:

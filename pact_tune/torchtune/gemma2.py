@@ -4,6 +4,7 @@ torchtune 0.6.1 applies the final soft-cap to the hidden state instead of the lo
 after the feed-forward when it converts checkpoints, and gives its 2B and 9B builders the two caps exchanged.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -57,10 +58,7 @@ def gemma2(
     query_pre_attn_scalar: int | None = None,
 ) -> Gemma2Decoder:
     """A Gemma 2 without adapters; arguments as :func:`lora_gemma2`."""
-    sizes = dict(locals())
-    cap = sizes.pop("final_logit_softcap")
-    sizes["hidden_capping_value"] = sizes.pop("attn_logit_softcap")
-    return _capped(torchtune_gemma2.gemma2(**sizes), cap)
+    return _build(torchtune_gemma2.gemma2, **locals())
 
 
 def lora_gemma2(
@@ -115,19 +113,19 @@ def lora_gemma2(
     Returns:
         Gemma2Decoder: the model.
     """
-    arguments = dict(locals())
-    cap = arguments.pop("final_logit_softcap")
-    arguments["hidden_capping_value"] = arguments.pop("attn_logit_softcap")
-    model = _capped(torchtune_gemma2.lora_gemma2(**arguments), cap)
+    model = _build(torchtune_gemma2.lora_gemma2, **locals())
     if quantize_base:  # state_dict() then gives plain tensors, as with torchtune's other builders
         _register_reparametrize_state_dict_hooks(model, dtype=model.tok_embeddings.weight.dtype)
     return model
 
 
-def _capped(model: TransformerDecoder, cap: float) -> Gemma2Decoder:
+def _build(
+    builder: Callable[..., TransformerDecoder], *, attn_logit_softcap: float, final_logit_softcap: float, **sizes: Any
+) -> Gemma2Decoder:
     """The parts of torchtune's model in a decoder that caps the logits, and not the hidden state."""
+    model = builder(hidden_capping_value=attn_logit_softcap, **sizes)
     return Gemma2Decoder(
-        logit_softcap=cap,
+        logit_softcap=final_logit_softcap,
         tok_embeddings=model.tok_embeddings,
         layers=model.layers,
         max_seq_len=model.max_seq_len,

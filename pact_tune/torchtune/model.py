@@ -1,12 +1,13 @@
 """A torchtune decoder as the core sees it: hidden states go in, the few numbers that a loss needs come out."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.modules import TiedLinear, TransformerDecoder
+from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import disable_adapter
 
 from pact_tune.batching import Batch, collate
@@ -19,7 +20,8 @@ from pact_tune.torchtune.gemma2 import Gemma2Decoder, soft_cap
 class Decoder:
     """Gives a torchtune decoder our last step in the place of its own.
 
-    The step runs inside the root module's forward: there, under FSDP2, the output head's weight is whole.
+    The step runs inside the root module's forward: there, under FSDP2, the output head's weight is whole. Nothing after
+    the last layer's attention looks at another position, so from there on only response positions are computed.
 
     Args:
         model (TransformerDecoder): with LoRA; sharded or not.
@@ -31,14 +33,25 @@ class Decoder:
         self.model = model
         self.pad_id = pad_id
         self.device = device
+        *_, last = (m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer))
+        last.forward = partial(self._last_layer, last)
         model.unembed = self._unembed
 
+    def _last_layer(
+        self, layer: TransformerSelfAttentionLayer, x: torch.Tensor, *, mask: Any, input_pos: Any, **_: Any
+    ) -> torch.Tensor:
+        """The layer's own forward, but for the rows that it drops after its attention: ``[B, S, H]`` to ``[1, T, H]``."""
+        normed = layer.sa_norm(x)
+        x = x + layer.sa_scale(layer.attn(normed, normed, mask=mask, input_pos=input_pos))
+        x = x.flatten(0, 1).index_select(0, self._index)[None]
+        return x + layer.mlp_scale(layer.mlp(layer.mlp_norm(x)))
+
     def _unembed(self, hidden: torch.Tensor) -> Any:
-        return self._read(self.model.norm(hidden))
+        return self._read(self.model.norm(hidden)[0])
 
     def _forward(self, batch: Batch, read: Callable[[torch.Tensor], Any]) -> Any:
-        """Runs the trunk on a batch's tokens and returns ``read`` of the normalised hidden states ``[B, S, H]``."""
-        self._read = read
+        """Runs the trunk on a batch's tokens; returns ``read`` of the normalised response positions ``[T, H]``."""
+        self._index, self._read = batch.index, read
         return self.model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos)
 
     def loss(
@@ -61,8 +74,7 @@ class Decoder:
             value, metrics = objective(student, reference[where], batch.position[where])
             return value * scale, metrics
 
-        def read(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            rows = hidden.flatten(0, 1).index_select(0, batch.index)
+        def read(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return reduce_in_chunks(rows, self._head_parameters(), chunk_loss)
 
         return self._forward(batch, read)
@@ -79,8 +91,7 @@ class Decoder:
         """
         batch = collate(conversations, self.pad_id).to(self.device)
 
-        def read(hidden: torch.Tensor) -> torch.Tensor:
-            rows = hidden.flatten(0, 1).index_select(0, batch.index)
+        def read(rows: torch.Tensor) -> torch.Tensor:
             if not columns.tail:
                 return self._capped(F.linear(rows, self._head_weight()[columns.ids]).float())
             parts = [read_columns(self._logits(part), columns) for part in rows.split(CHUNK)]
