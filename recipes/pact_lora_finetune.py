@@ -37,6 +37,7 @@ from pact_tune.batching import (
     to_device,
 )
 from pact_tune.conversations import Conversation, response_only_prefix
+from pact_tune.distributed import finish
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, remove_partial
 from pact_tune.objectives import Reference
@@ -587,11 +588,9 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         }
 
     def cleanup(self) -> None:
-        """Closes the metric logger and the process group."""
+        """Closes the metric logger."""
         if self.logger is not None:
             self.logger.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @config.parse
@@ -612,7 +611,7 @@ def run(cfg: DictConfig, work: Callable[[PACTLoRAFinetuneRecipe], None]) -> str 
         work (Callable): is given the recipe.
 
     Returns:
-        str | None: the message of a user error.
+        str | None: the message of a user error. With several processes a success does not return: it ends the process.
     """
     try:
         cfg = complete(cfg)
@@ -623,6 +622,8 @@ def run(cfg: DictConfig, work: Callable[[PACTLoRAFinetuneRecipe], None]) -> str 
         recipe.setup(cfg)
         work(recipe)
         recipe.cleanup()
+        if dist.is_initialized():
+            finish()
     except UserError as error:
         # Every rank meets the same error; one says it. torchrun ends all with the first that fails: let that be rank 0.
         if os.environ.get("RANK", "0") != "0":

@@ -16,6 +16,7 @@ from pact_tune import load_tokenizer, safety_tokens_from_templates
 from pact_tune.batching import Batch
 from pact_tune.torchtune.model import Decoder
 
+AT_EXIT = Path(__file__).parent / "at_exit"  # aborts a process that shuts Python down while gloo's threads live
 SIZES = {
     "num_layers": 2,
     "num_heads": 4,
@@ -184,7 +185,7 @@ def tune_run_processes(
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(AT_EXIT)},
         timeout=600,
     )
 

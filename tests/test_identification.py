@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from recipe import AT_EXIT
 from transformers import AutoModelForCausalLM
 
 from pact_tune import identification
@@ -202,9 +203,7 @@ for name in ("_generate", "_probability_sums"):
         return result
     setattr(identification, name, slow)
 tokens = identification.identify_safety_tokens(*arguments["positional"], **arguments["options"])
-import torch.distributed as dist
-if not dist.is_initialized() or dist.get_rank() == 0:
-    tokens.save(arguments["output"])
+tokens.save(arguments["output"])
 """
 
 
@@ -243,12 +242,18 @@ def test_killed_runs_go_on_without_redoing_work(pair, tmp_path, monkeypatch):
 
 
 def test_two_processes_equal_one(pair, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     done = subprocess.run(
-        [*command, arguments_for(pair, tmp_path / "two")], capture_output=True, text=True, env=environment
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+            *("-m", "pact_tune.tools.compute_safety_tokens", "--aligned", pair[0], "--base", pair[1]),
+            *("--prompts", prompts, "--output", tmp_path / "two"),
+            *("--k", "8", "--max-response-tokens", "10", "--tokens-per-batch", "128"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(AT_EXIT)},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = identify_safety_tokens(*pair, PROMPTS, **OPTIONS), SafetyTokens.load(tmp_path / "two")

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pact_tune import cli
+from pact_tune.distributed import finish
 from pact_tune.errors import UserError
 from pact_tune.identification import PRESETS, identify_safety_tokens, remove_work_dir
 from pact_tune.prompts import column, read_prompts
@@ -96,8 +97,7 @@ def main(argv: list[str] | None = None) -> int | None:
             remove_work_dir(work_dir)
         _report(tokens, args.output)
     if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+        finish()
 
 
 def _read_prompts(args: argparse.Namespace) -> tuple[list[str], list[str] | None]:
