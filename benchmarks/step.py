@@ -177,7 +177,6 @@ def make_config(
         "reference_cache": {"directory": str(folder / "cache")},
         "batch_size": BATCH,
         "epochs": 3,
-        "shuffle": False,
         "device": device,
         "dtype": DTYPES[device][0],
         "enable_activation_checkpointing": checkpointing,
@@ -357,7 +356,8 @@ def measure_run(size: str, work: str, rounds: int, device: str, rows: int = 4) -
         published = make_step("published", Path(folder), *shape)
         cfg = make_config(Path(folder), *shape)
         recipe = make_recipe(cfg)
-        epoch = [list(range(start, start + BATCH)) for start in range(0, rows, BATCH)]
+        order = recipe._rows(0)
+        epoch = [order[start : start + BATCH] for start in range(0, rows, BATCH)]
         for step in (published, recipe._step):
             step(epoch[0])  # warms up
 

@@ -135,6 +135,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             )
         self.lengths = [len(c.tokens) for c in self.dataset.conversations]
         self.rows_per_step = cfg.batch_size * self.world_size * cfg.gradient_accumulation_steps
+        response_tokens = sum(c.num_response_tokens for c in self.dataset.conversations)
+        self.tokens_per_step = response_tokens * min(1, self.rows_per_step / len(self.dataset))
         self.steps_per_epoch = -(-len(self.dataset) // self.rows_per_step)
         if cfg.max_steps_per_epoch is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, cfg.max_steps_per_epoch)
@@ -408,6 +410,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         # The loss of a step does not depend on how it is cut into micro-batches: like lengths together pad least.
         rows = sorted(rows, key=lambda row: self.lengths[row])
         response_tokens = sum(self.dataset.conversations[row].num_response_tokens for row in rows)
+        # A step of short rows must not weigh as much as one of long rows: by length, every step has the same divisor.
+        divisor = self.tokens_per_step if self.cfg.batch_by_length else response_tokens
         micro_rows = self.cfg.batch_size * self.world_size
         for start in range(0, len(rows), micro_rows):
             mine = rank_rows(rows[start : start + micro_rows], self.rank, self.world_size)
@@ -416,7 +420,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             reference = self._reference(conversations, batch)
             batch = batch.to(self.device)
             # All ranks know the global batch, so its token count needs no communication. FSDP averages over ranks.
-            loss, metrics = self.decoder.loss(batch, self.objective, reference, self.world_size / response_tokens)
+            loss, metrics = self.decoder.loss(batch, self.objective, reference, self.world_size / divisor)
             loss.backward()
             self.interval_metrics += metrics
         self.interval_tokens += response_tokens

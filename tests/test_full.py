@@ -9,7 +9,7 @@ from recipe import full_finetuning, logged, logits_of, tune_run, tune_run_proces
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pact_tune import cli
+from pact_tune import chat_dataset, cli, load_tokenizer
 from pact_tune.torchtune.checkpoint import HFCheckpointer
 from pact_tune.torchtune.model import Decoder
 
@@ -48,12 +48,21 @@ def test_result_is_the_trained_model_and_the_reference_the_one_before(tmp_path, 
 
 
 def test_gradient_of_all_weights_is_autograds(tmp_path, monkeypatch):
-    """One SGD step against autograd on transformers: the loss's own gradient of the head is right, tied or not."""
-    for architecture in ("qwen2", "llama"):
-        config = write_workspace(tmp_path / architecture, architecture, rows=4)
-        sgd = ["optimizer._component_=torch.optim.SGD", "loss.lambda_kl=0", "max_steps_per_epoch=1"]
+    """One SGD step against autograd on transformers: the loss's own gradient of the head is right, tied or not.
+
+    By length, the loss is divided by the tokens of a mean step, otherwise by those of this one.
+    """
+    for architecture, by_length in (("qwen2", False), ("llama", True)):
+        config = write_workspace(tmp_path / architecture, architecture, rows=8)
         out = tmp_path / architecture / "out"
-        overrides = [f"output_dir={out}", *full_finetuning(architecture), "optimizer.lr=0.1", *sgd]
+        overrides = [f"output_dir={out}", *full_finetuning(architecture), "optimizer._component_=torch.optim.SGD"]
+        overrides += [
+            "optimizer.lr=0.1",
+            "loss.lambda_kl=0",
+            "max_steps_per_epoch=1",
+            "batch_size=2",
+            f"batch_by_length={by_length}",
+        ]
         batches = []
         original = Decoder.loss
 
@@ -67,7 +76,12 @@ def test_gradient_of_all_weights_is_autograds(tmp_path, monkeypatch):
         (batch,) = batches
         model = AutoModelForCausalLM.from_pretrained(tmp_path / architecture / "model")
         logits = model(batch.tokens).logits.flatten(0, 1)[batch.index]
-        torch.nn.functional.cross_entropy(logits, batch.labels).backward()
+        tokenizer = load_tokenizer(str(tmp_path / architecture / "model"))
+        rows = chat_dataset(tokenizer, str(tmp_path / architecture / "rows.jsonl")).conversations
+        mean_step = sum(c.num_response_tokens for c in rows) / 4  # steps of 2 rows
+        assert abs(mean_step / len(batch.labels) - 1) > 0.1
+        divisor = mean_step if by_length else len(batch.labels)
+        (torch.nn.functional.cross_entropy(logits, batch.labels, reduction="sum") / divisor).backward()
         tuned = load_file(out / "epoch_0" / "model.safetensors")
         for name, parameter in model.named_parameters():
             expected = parameter.detach() - 0.1 * parameter.grad

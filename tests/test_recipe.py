@@ -85,7 +85,7 @@ def test_first_step_equals_the_equations_on_transformers_logits(workspace, tmp_p
     )  # fmt: skip
     scored.save(tmp_path / "tokens")
     arguments = [f"output_dir={tmp_path}/out", f"loss.safety_tokens={tmp_path}/tokens", f"loss.preset={preset}"]
-    arguments += [f"loss.weighting={weighting}", "max_steps_per_epoch=1", "shuffle=False"]
+    arguments += [f"loss.weighting={weighting}", "max_steps_per_epoch=1", "shuffle=False", "batch_by_length=False"]
     assert tune_run(monkeypatch, workspace, *arguments) is None
 
     model = AutoModelForCausalLM.from_pretrained(workspace.parent / "model")

@@ -36,7 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "resume_from_checkpoint": False,
     "seed": 0,
     "shuffle": True,
-    "batch_by_length": False,
+    "batch_by_length": True,
     "gradient_accumulation_steps": 1,
     "max_steps_per_epoch": None,
     "clip_grad_norm": None,
@@ -105,7 +105,7 @@ def complete(cfg: DictConfig) -> DictConfig:
         DictConfig: with every key of :data:`REQUIRED` and :data:`DEFAULTS`.
 
     Raises:
-        UserError: a key that nobody reads, or one that is missing.
+        UserError: a key that nobody reads, one that is missing, or two that contradict each other.
     """
     valid = (*REQUIRED, *DEFAULTS)
     for key in cfg:
@@ -127,6 +127,10 @@ def complete(cfg: DictConfig) -> DictConfig:
     if "reference_cache" in cfg and cfg.reference_cache is None:
         defaults.reference_cache = None  # null means no cache, not the default one
     cfg = OmegaConf.merge(defaults, cfg)
+    if cfg.batch_by_length and not cfg.shuffle:
+        raise UserError(
+            "shuffle: False keeps the order of the data, which batch_by_length: True changes: set batch_by_length: False too."
+        )
     if cfg.reference_cache is not None:
         check_options(cfg.reference_cache.dtype, cfg.reference_cache.max_gb)
     return cfg
