@@ -327,18 +327,29 @@ def seconds(work: Callable[[], Any], device: str) -> float:
     return start.elapsed_time(end) / 1000
 
 
+def batches(recipe: pact_lora_finetune.PACTLoRAFinetuneRecipe) -> list[list[int]]:
+    """The row numbers of each step of an epoch, as the recipe makes them."""
+    order = recipe._rows(0)
+    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+
+
 def measure_steps(size: str, work: str, rounds: int, device: str, checkpointing: bool) -> list[dict]:
-    """One row per round and variant; the first round warms up and is dropped."""
-    rows = 4 * BATCH
+    """Seconds a step, one row per round and variant; the first round warms up and is dropped.
+
+    A round takes one step per length of the work; all variants take the steps that the recipe makes, of rows of like
+    lengths.
+    """
+    rows = BATCH * len(WORKS[work][0])
     results = []
     with tempfile.TemporaryDirectory() as folder:
         shape = (size, work, rows, device, checkpointing)
         steps = {v: make_step(v, Path(folder), *shape) for v in ("torchtune", "published")}
-        steps |= recipe_steps(make_recipe(make_config(Path(folder), *shape)))
+        recipe = make_recipe(make_config(Path(folder), *shape))
+        steps |= recipe_steps(recipe)
+        epoch = batches(recipe)
         for number in range(rounds + 1):
-            batch = [(number * BATCH + i) % rows for i in range(BATCH)]
             for variant in random.sample(VARIANTS, len(VARIANTS)):
-                spent = seconds(lambda s=steps[variant], b=batch: s(b), device)
+                spent = seconds(lambda s=steps[variant]: [s(batch) for batch in epoch], device) / len(epoch)
                 if number:
                     results.append({"part": "step", "variant": variant, "round": number, "value": spent, "unit": "s"})
     return [row | {"size": size, "work": work, "checkpointing": checkpointing} for row in results]
@@ -356,8 +367,7 @@ def measure_run(size: str, work: str, rounds: int, device: str, rows: int = 4) -
         published = make_step("published", Path(folder), *shape)
         cfg = make_config(Path(folder), *shape)
         recipe = make_recipe(cfg)
-        order = recipe._rows(0)
-        epoch = [order[start : start + BATCH] for start in range(0, rows, BATCH)]
+        epoch = batches(recipe)
         for step in (published, recipe._step):
             step(epoch[0])  # warms up
 
