@@ -144,7 +144,7 @@ def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
         (["model.lora_attn_modules=[qproj]"], "did you mean 'q_proj'"),
         (["optimizer.lr=-1"], "Section 'optimizer' cannot be built"),
         (["loss.lambda_kl=-1"], "lambda_kl"),
-        (["shuffle=False"], "shuffle: False keeps the order of the data"),
+        (["shuffle=False", "batch_by_length=True"], "shuffle: False keeps the order of the data"),
         (["output_dir=${nowhere}"], "nowhere"),
     ],
 )  # fmt: skip
