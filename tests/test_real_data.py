@@ -24,7 +24,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from pact_tune import ReferenceCache, chat_dataset, load_tokenizer, safety_tokens_from_templates
-from pact_tune.batching import collate, epoch_order, response_only_views
+from pact_tune.batching import collate, epoch_order, group_by_length, response_only_views
 from pact_tune.conversations import response_only_prefix
 
 pytestmark = pytest.mark.skipif("PACT_TUNE_TEST_DATA" not in os.environ, reason="PACT_TUNE_TEST_DATA is not set")
@@ -199,7 +199,9 @@ def test_one_and_two_processes_have_equal_losses(family, tmp_path, source, prese
     rows = chat_dataset(
         tokenizer, SOURCES[source]["source"], n=STEPS * BATCH, max_seq_len=1024, progress=False
     ).conversations
-    batch = collate([rows[i] for i in epoch_order(STEPS * BATCH, 0, 0, True)[:BATCH]], tokenizer.pad_token_id)
+    order = epoch_order(STEPS * BATCH, 0, 0, True)
+    order = group_by_length(order, [len(row.tokens) for row in rows], BATCH, 0, 0)
+    batch = collate([rows[i] for i in order[:BATCH]], tokenizer.pad_token_id)
     model = AutoModelForCausalLM.from_pretrained(family / "model")
     with torch.no_grad():
         logits = model(batch.tokens).logits.flatten(0, 1)[batch.index]
