@@ -4,7 +4,7 @@
 
 The published procedure is written here from its description: both models in bfloat16, batch 1, the logits of every
 position of both divided by a temperature and cast to fp32, a Python loop over the response positions that takes both
-softmaxes and adds to full-vocabulary sums. It also runs with float32 weights, where the d(v) of both sides must agree.
+softmaxes and adds to full-vocabulary sums. Both sides run in bfloat16 and in float32, where their d(v) must agree.
 One thread; each repetition times all sides one after the other.
 """
 
@@ -92,19 +92,16 @@ def measure(function: Callable, *arguments, **options) -> tuple[float, Any]:
 
 
 def compare(pair: tuple[Path, Path], prompts: list[str], responses: list[str] | None, longest: int) -> dict:
-    """Times all sides, one after the other."""
+    """Times both sides in both precisions, one after the other."""
     options = PRESETS["official"] | {"responses": responses, "max_response_tokens": longest, "progress": False}
-    here, tokens = measure(identify_safety_tokens, *pair, prompts, **options)
-    same, expected = measure(published, *pair, prompts, responses, longest, torch.float32)
-    error = (tokens.candidates["scores"] - expected[tokens.candidates["ids"]]).abs().max().item()
-    row = {
-        "positions": tokens.provenance["num_positions"],
-        "here_s": here,
-        "published_fp32_s": same,
-        "max_error": error,
-    }
-    # The released code is given responses.
-    row["published_s"] = measure(published, *pair, prompts, responses, longest, torch.bfloat16)[0] if responses else ""
+    row: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        row[f"here_{dtype}_s"], tokens = measure(identify_safety_tokens, *pair, prompts, dtype=dtype, **options)
+        spent, expected = measure(published, *pair, prompts, responses, longest, getattr(torch, dtype))
+        row[f"published_{dtype}_s"] = spent
+        if dtype == "float32":
+            row["positions"] = tokens.provenance["num_positions"]
+            row["max_error"] = (tokens.candidates["scores"] - expected[tokens.candidates["ids"]]).abs().max().item()
     return row
 
 
@@ -138,38 +135,36 @@ def write(rows: list[dict], args: argparse.Namespace) -> None:
         "# Identification against the published procedure (CPU)",
         "",
         f"Random Qwen2 models, {args.prompts} prompts, responses of at most {args.response_tokens} tokens, model loading "
-        f"included; one thread, torch {torch.__version__}, {platform.machine()}. CPU seconds, medians of up to "
-        f"{args.repetitions} repetitions; in brackets how many times as long as here (median, lowest). Each repetition is in "
-        "identification_cpu.csv.",
+        f"included; one thread, torch {torch.__version__}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{_bfloat16()}. CPU seconds, medians of {args.repetitions} repetition(s). Each repetition is in identification_cpu.csv.",
         "",
-        "Published, bfloat16: the procedure as it was released, responses given. Published, float32: the same with float32 "
-        'weights, as the tool here uses them on a CPU. "responses and scoring": the aligned model answers first (Eq. 1), '
-        "one prompt at a time with a key-value cache on the published side, in batches here; the released code has no such "
-        "step, so this baseline is ours.",
+        '"scoring": responses given, as to the released code, which has bfloat16 weights. "responses and scoring": the aligned '
+        "model answers first (Eq. 1), one prompt at a time with a key-value cache on the published side, in batches here; the "
+        "released code has no such step, so this baseline is ours.",
         "",
-        "| work | vocabulary | hidden, layers | here, s | published, bfloat16 | published, float32 | max. difference of d(v) |",
-        "|---|---|---|---|---|---|---|",
+        "| work | vocabulary | hidden, layers | float32: here, s | published, s | times | bfloat16: here, s | published, s | "
+        "times | max. difference of d(v), float32 |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for key in dict.fromkeys((row["work"], row["vocabulary"], row["hidden"], row["layers"]) for row in rows):
         group = [row for row in rows if (row["work"], row["vocabulary"], row["hidden"], row["layers"]) == key]
-        cells = [_cell(group, name) for name in ("published_s", "published_fp32_s")]
-        here, error = statistics.median(row["here_s"] for row in group), max(row["max_error"] for row in group)
-        lines.append(f"| {key[0]} | {key[1]:,} | {key[2]}, {key[3]} | {here:.2f} | {' | '.join(cells)} | {error:.0e} |")
-    lines += [
-        "",
-        "Most of the factor against the released procedure is its bfloat16, which this CPU has no instructions for; on one "
-        "that has them it is smaller. With float32 on both sides the rest is left: no logits of prompt positions, no loop, "
-        "no copies. Both sides pay for the head's product and one exponential for each position and token.",
-    ]
+        cells = [cell for dtype in ("float32", "bfloat16") for cell in _cells(group, dtype)]
+        error = max(row["max_error"] for row in group)
+        lines.append(f"| {key[0]} | {key[1]:,} | {key[2]}, {key[3]} | {' | '.join(cells)} | {error:.0e} |")
     with atomic_file(RESULTS / "identification_cpu.md") as path:
         path.write_text("\n".join(lines) + "\n")
 
 
-def _cell(group: list[dict], name: str) -> str:
-    if not group[0][name]:
-        return ""
-    ratios = [row[name] / row["here_s"] for row in group]
-    return f"{statistics.median(row[name] for row in group):.2f} ({statistics.median(ratios):.1f}, {min(ratios):.1f})"
+def _cells(group: list[dict], dtype: str) -> list[str]:
+    """Seconds here, seconds published, and how many times as long that is."""
+    here, there = ([row[f"{side}_{dtype}_s"] for row in group] for side in ("here", "published"))
+    ratio = statistics.median(b / a for a, b in zip(here, there, strict=True))
+    return [f"{statistics.median(here):.2f}", f"{statistics.median(there):.2f}", f"{ratio:.1f}"]
+
+
+def _bfloat16() -> str:
+    flags = Path("/proc/cpuinfo").read_text()
+    return "with bfloat16 instructions" if "_bf16" in flags else "without bfloat16 instructions"
 
 
 if __name__ == "__main__":
