@@ -207,11 +207,6 @@ tokens.save(arguments["output"])
 """
 
 
-def arguments_for(pair, output, delay=0.0, **options) -> str:
-    positional = [str(pair[0]), str(pair[1]), PROMPTS]
-    return json.dumps({"positional": positional, "options": OPTIONS | options, "output": str(output), "delay": delay})
-
-
 def batches_run(monkeypatch, pair, output, **options) -> list[str]:
     """Runs identification here, saves what it found, and says which batches were computed."""
     calls: list[str] = []
@@ -226,8 +221,13 @@ def batches_run(monkeypatch, pair, output, **options) -> list[str]:
 def test_killed_runs_go_on_without_redoing_work(pair, tmp_path, monkeypatch):
     work = tmp_path / "work"
     total = batches_run(monkeypatch, pair, tmp_path / "whole")
-    killed = arguments_for(pair, tmp_path / "resumed", delay=0.4, work_dir=str(work))
-    command = [sys.executable, "-c", SCRIPT, killed]
+    arguments = {
+        "positional": [str(pair[0]), str(pair[1]), PROMPTS],
+        "options": OPTIONS | {"work_dir": str(work)},
+        "output": str(tmp_path / "resumed"),
+        "delay": 0.4,
+    }
+    command = [sys.executable, "-c", SCRIPT, json.dumps(arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     seen = [process.stdout.readline().strip() for _ in range(total.count("_generate") + 1)]
     time.sleep(0.2)  # the batch that was just announced is saved well within the next one's delay
