@@ -40,10 +40,14 @@ class Conversation:
         tokens (list[int]): ids of the chat, ending with the last response.
         responses (list[tuple[int, int]]): one half-open range of ``tokens`` per assistant turn: from the first token
             after the assistant header to its end-of-turn token, included.
+        ce_weight (float): factor of this row's cross-entropy; 0: it is not trained on, only constrained.
+        weight (float): factor of this row's constraint; 0: it is only trained on.
     """
 
     tokens: list[int]
     responses: list[tuple[int, int]]
+    ce_weight: float = 1.0
+    weight: float = 1.0
 
     @property
     def num_response_tokens(self) -> int:
