@@ -145,8 +145,10 @@ def download(source: str, revision: str | None = None, subfolder: str | None = N
         family = KNOWN[source.lower()]
         if family.published is None:
             raise NotPublishedError(
-                f"Nobody has published safety tokens for '{source.lower()}' yet; this computes them: `pact tokens compute "
-                f"--aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {source.lower()}`"
+                f"Nobody has published safety tokens for '{source.lower()}' yet; this measures them: `pact tokens compute "
+                f"--aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {source.lower()}`; this "
+                f"takes them from refusal templates, not measured: `pact tokens from-templates --tokenizer "
+                f"{family.aligned} --output {source.lower()}`"
             )
         source, subfolder = family.published, subfolder or source.lower()
     elif source.count("/") != 1 or source.startswith((".", "/")):

@@ -1,0 +1,84 @@
+"""Messages and progress: streams, ranks, bars on a terminal, lines elsewhere."""
+
+import io
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from pact_tune import log
+from pact_tune.log import EVERY_RANK, logger, progress
+
+
+@pytest.fixture(autouse=True)
+def screen():
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    log.setup()
+    log.setup()  # again: nothing is said twice
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+    logger.setLevel(level)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_information_goes_to_stdout_and_warnings_to_stderr(capsys):
+    logger.info("computing %d views", 3)
+    logger.warning("not measured")
+    assert capsys.readouterr() == ("computing 3 views\n", "WARNING: not measured\n")
+
+
+def test_other_ranks_say_errors_and_what_they_are_asked_to(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    logger.info("from everyone")
+    logger.warning("from everyone")
+    logger.warning("a damaged shard", extra=EVERY_RANK)
+    logger.error("broken")
+    for _ in progress(range(3), desc="Rows"):
+        pass
+    assert capsys.readouterr() == ("", "[rank 3] WARNING: a damaged shard\n[rank 3] ERROR: broken\n")
+
+
+def test_without_a_terminal_there_are_lines_and_no_carriage_returns(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 16))
+    monkeypatch.setattr(log.time, "monotonic", lambda: next(clock))
+    with progress(total=8, desc="Rows", unit="row") as bar:
+        for _ in range(8):
+            bar.update()
+            bar.set_postfix_str("loss 1.0")
+    out, err = capsys.readouterr()
+    assert err == "" and "\r" not in out
+    lines = out.splitlines()
+    assert 3 <= len(lines) < 8 and all(line.startswith("Rows: ") for line in lines)
+    assert lines[-1].startswith("Rows: 100 % (8 of 8 row, ") and lines[-1].endswith(", loss 1.0)")
+
+
+def test_short_work_writes_no_line(capsys):
+    assert list(progress(range(5), desc="Rows")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_message_is_never_glued_to_a_bar(monkeypatch):
+    both = Terminal()
+    monkeypatch.setattr(sys, "stdout", both)
+    monkeypatch.setattr(sys, "stderr", both)
+    with progress(total=2, desc="Rows") as bar:
+        bar.update()
+        logger.info("a message")
+        bar.update()
+    text = both.getvalue()
+    assert "Rows:" in text and "\r" in text
+    before, after = text.split("a message")
+    # What stands on the line before the message was overwritten with blanks.
+    assert before.split("\r")[-1] == "" and before.split("\r")[-2].strip() == "" and after.startswith("\n")
+
+
+def test_torchao_says_nothing_when_it_is_imported():
+    code = "from pact_tune import log; log.setup(); import torchtune"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert logging.getLogger("torchao").filters == [log._is_news]
