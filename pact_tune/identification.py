@@ -5,14 +5,13 @@ their own: one model in memory at a time, and per model one fp64 vector of the v
 """
 
 import contextlib
-import copy
 import datetime
 import gc
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,18 +20,27 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pact_tune import hub
 from pact_tune.batching import batches_by_length
 from pact_tune.conversations import encode, load_tokenizer, render, render_prompt, tokenizer_fingerprint
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.files import atomic_file
+from pact_tune.generation import (
+    compute_dtype,
+    default_device,
+    end_tokens,
+    generate,
+    generation_batches,
+    generation_config,
+    load_model,
+)
 from pact_tune.safety_tokens import Ranking, SafetyTokens, Weighting, decode_tokens, is_style, token_weights, top_k
+from pact_tune.scoring import response_logits
 
 CANDIDATES = 2048  # kept by each ranking, so that another K or ranking needs no model
-# Bytes of fp32 logits that exist at a time. Above 32 MB glibc asks the kernel for new pages every time: half the speed.
-CHUNK_BYTES = {"cpu": 28_000_000, "cuda": 256_000_000}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -243,7 +251,9 @@ def identify_safety_tokens(
             "seed": seed,
             "leave_out_style": leave_out_style,
             "responses": "generated" if responses is None else "given",
-            "dtype": str(_dtype(run, folders["aligned"])).removeprefix("torch."),
+            "dtype": str(_DTYPES.get(run.dtype) or compute_dtype(folders["aligned"], run.device)).removeprefix(
+                "torch."
+            ),
         },
     }
     return _tokens(run, candidates, chosen, weighting, provenance)
@@ -315,7 +325,7 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
 
-def _cut(run: _Run, response: list[int], eos: set[int]) -> list[int]:
+def _cut(run: _Run, response: list[int], eos: Collection[int]) -> list[int]:
     """A response up to its first end-of-turn token, which stays where it counts, and to the longest that is allowed."""
     end = next((index for index, token in enumerate(response) if token in eos), len(response))
     return response[: end + run.include_eos][: run.max_response_tokens]
@@ -325,9 +335,7 @@ def _respond(run: _Run, model: "_LazyModel", corpus: _Corpus) -> None:
     """Fills in the aligned model's responses where none are given."""
     if corpus.responses or not corpus.prompts:
         return
-    # Padding costs the reading of the prompt alone, and every further prompt makes each new token cheaper.
-    lengths = [len(prompt) + run.max_response_tokens for prompt in corpus.prompts]
-    batches = batches_by_length(lengths, run.tokens_per_batch, least_filled=0)
+    batches = generation_batches(corpus.prompts, run.max_response_tokens, run.tokens_per_batch)
     mine: dict[int, list[int]] = {}
     with _bar(run, len(corpus.prompts), f"{corpus.name} responses") as bar:
         for number, batch in list(enumerate(batches))[run.rank :: run.world_size]:
@@ -345,16 +353,11 @@ def _respond(run: _Run, model: "_LazyModel", corpus: _Corpus) -> None:
     corpus.responses = [answers[i] for i in range(len(corpus.prompts))]
 
 
-@torch.inference_mode()
 def _generate(run: _Run, model: torch.nn.Module, prompts: list[list[int]], seed: int) -> list[list[int]]:
-    width, pad = max(map(len, prompts)), run.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask)
-    eos = set(model.generation_config.eos_token_id)
-    return [_cut(run, row, eos) for row in output[:, width:].tolist()]
+    return [
+        _cut(run, r, model.generation_config.eos_token_id)
+        for r in generate(model, prompts, model.generation_config, seed=seed)
+    ]
 
 
 # --- sums of probabilities
@@ -416,41 +419,14 @@ def _probability_sums(
     run: _Run, model: torch.nn.Module, rows: list[tuple[list[int], list[int], torch.Tensor]], columns: int
 ) -> torch.Tensor:
     """Weighted sums of softmax over the response positions of one batch, ``[2, columns]`` fp64."""
-    width = max(len(prompt) + len(response) for prompt, response, _ in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, (prompt, response, _) in enumerate(rows):
-        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        positions[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
-    weights = torch.cat([w for _, _, w in rows], dim=1)
-    # On the right, padding needs no mask: attention is causal and padded positions are not read.
-    output = model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    hidden = output.last_hidden_state
-    hidden = hidden[positions.to(hidden.device)]  # [T, H]
-    weights = weights.to(hidden.device, torch.float32)
-    chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * model.get_output_embeddings().weight.shape[0]))
-    sums = torch.zeros(2, columns, dtype=torch.float64, device=hidden.device)
-    for part, part_weights in zip(hidden.split(chunk), weights.split(chunk, dim=1), strict=True):
-        probabilities = _logits(model, output, part).float().softmax(-1)
-        sums += (part_weights.to(probabilities.device) @ probabilities)[:, :columns].to(sums.device)
+    weights = torch.cat([w for _, _, w in rows], dim=1).float()
+    sums = torch.zeros(2, columns, dtype=torch.float64, device=model.device)
+    start = 0
+    for logits in response_logits(model, [(prompt, response) for prompt, response, _ in rows]):
+        part = weights[:, start : start + len(logits)].to(logits.device)
+        sums += (part @ logits.softmax(-1))[:, :columns].to(sums.device)
+        start += len(logits)
     return sums
-
-
-def _logits(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Logits ``[n, V]`` of hidden rows ``[n, H]`` as the model itself makes them (soft-cap, scale and all)."""
-    body = model.base_model
-    rows = copy.copy(output)
-    rows.last_hidden_state = hidden[None]
-    before = body.__dict__.get("forward")  # accelerate puts its own there
-    body.forward = lambda *args, **kwargs: rows
-    try:
-        dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        return model(input_ids=dummy, use_cache=False).logits[0]
-    finally:
-        if before is None:
-            del body.forward
-        else:
-            body.forward = before
 
 
 # --- models
@@ -478,35 +454,17 @@ class _LazyModel:
 
 
 def _load(run: _Run, folder: Path) -> torch.nn.Module:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(run, folder), device_map=run.device_map)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"The model in '{folder}' could not be loaded ({str(error).splitlines()[0]}).") from error
-    model = (model if run.device_map else model.to(run.device)).eval()
+    model = load_model(folder, run.device, None if run.dtype == "auto" else _DTYPES[run.dtype], run.device_map)
     rows = model.get_output_embeddings().weight.shape[0]
     if rows <= int(run.valid.max()):
         raise UserError(
             f"The model in '{folder}' has {rows} tokens but its tokenizer has ids up to {int(run.valid.max())}: "
             "they do not belong together."
         )
-    eos = model.generation_config.eos_token_id
-    eos = {run.tokenizer.eos_token_id} | ({eos} if isinstance(eos, int) else set(eos or []))
-    sampling = {"temperature": run.temperature, "top_k": 0, "top_p": 1.0} if run.temperature else {}
-    # A whole new one: vendors' files set a repetition penalty and sampling, and then y is not the model's own choice.
-    model.generation_config = GenerationConfig(
-        do_sample=run.temperature > 0,
-        max_new_tokens=run.max_response_tokens,
-        eos_token_id=sorted(eos),
-        pad_token_id=run.tokenizer.pad_token_id,
-        **sampling,
+    model.generation_config = generation_config(
+        end_tokens(model, run.tokenizer), run.tokenizer.pad_token_id, run.max_response_tokens, run.temperature
     )
     return model
-
-
-def _dtype(run: _Run, folder: Path) -> torch.dtype:
-    if run.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[run.dtype]
-    return torch.float32 if run.device.type == "cpu" else AutoConfig.from_pretrained(folder).dtype or torch.float32
 
 
 def _max_length(folder: Path) -> float:
@@ -593,7 +551,7 @@ def remove_work_dir(work_dir: str | Path) -> None:
 
 def _world(device: str | None) -> tuple[int, int, torch.device]:
     """Rank, world size and device; joins the process group when torchrun started this process."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = device or default_device()
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return 0, 1, torch.device(name)
     if name == "cuda":

@@ -8,18 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-)
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from pact_tune import hub
-from pact_tune.batching import batches_by_length
 from pact_tune.conversations import load_tokenizer, render_prompt
 from pact_tune.errors import UserError
+from pact_tune.generation import decode, end_tokens, generate, generation_batches, generation_config, load_model
 from pact_tune.safety_tokens import REFUSAL_TEMPLATES, SafetyTokens
 
 BOOST = 5.0  # the paper's alpha
@@ -118,20 +112,9 @@ class Answerer:
     ) -> None:
         folder = hub.model_folder(model)
         self.tokenizer = load_tokenizer(str(folder))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if device == "cpu" else "auto")
-        except (OSError, ValueError) as error:
-            raise UserError(f"The model '{model}' could not be loaded ({str(error).splitlines()[0]}).") from error
-        eos = loaded.generation_config.eos_token_id
-        self.eos = {self.tokenizer.eos_token_id} | ({eos} if isinstance(eos, int) else set(eos or []))
-        loaded.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=sorted(self.eos),
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        self.model = loaded.to(device).eval()
+        self.model = load_model(folder, device)
+        self.ends = end_tokens(self.model, self.tokenizer)
+        self.config = generation_config(self.ends, self.tokenizer.pad_token_id, max_new_tokens)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress
 
     def check(self, tokens: SafetyTokens) -> None:
@@ -139,7 +122,6 @@ class Answerer:
         tokens.check_tokenizer(self.tokenizer)
         tokens.check_vocabulary(self.model.get_output_embeddings().weight.shape[0])
 
-    @torch.inference_mode()
     def answer(
         self, prompts: Sequence[str], processor: LogitsProcessor | None = None, description: str = "answers"
     ) -> tuple[list[tuple[str, bool]], torch.Tensor]:
@@ -155,33 +137,29 @@ class Answerer:
             probabilities of the first token, ``[len(prompts), V]`` float32, after the processor.
         """
         encoded = [render_prompt(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-        longest = self.model.generation_config.max_new_tokens
-        processors = LogitsProcessorList([] if processor is None else [processor])
         answers: dict[int, tuple[str, bool]] = {}
         first: dict[int, torch.Tensor] = {}
-        pad = self.tokenizer.pad_token_id
         with tqdm(total=len(prompts), desc=description, unit="prompt", disable=not self.progress) as bar:
-            for batch in batches_by_length([len(i) + longest for i in encoded], self.tokens_per_batch, least_filled=0):
-                rows = [encoded[i] for i in batch]
-                width = max(map(len, rows))
-                ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.model.device)
-                mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=self.model.device)
-                output = self.model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    logits_processor=processors,
-                    output_scores=True,
-                    return_dict_in_generate=True,
-                )
-                probabilities = output.scores[0].float().softmax(-1).cpu()
-                for i, response, row in zip(batch, output.sequences[:, width:].tolist(), probabilities, strict=True):
-                    answers[i], first[i] = self._decode(response), row
+            for batch in generation_batches(encoded, self.config.max_new_tokens, self.tokens_per_batch):
+                seen = _FirstProbabilities()
+                processors = [seen] if processor is None else [processor, seen]
+                responses = generate(self.model, [encoded[i] for i in batch], self.config, processors)
+                answers |= zip(batch, [decode(self.tokenizer, r, self.ends) for r in responses], strict=True)
+                first |= zip(batch, seen.probabilities, strict=True)
                 bar.update(len(batch))
         return [answers[i] for i in range(len(prompts))], torch.stack([first[i] for i in range(len(prompts))])
 
-    def _decode(self, response: list[int]) -> tuple[str, bool]:
-        end = next((index for index, token in enumerate(response) if token in self.eos), None)
-        return self.tokenizer.decode(response[:end]), end is not None
+
+class _FirstProbabilities(LogitsProcessor):
+    """Changes nothing, and keeps the probabilities of the first new token, ``[prompts, V]`` on the CPU."""
+
+    def __init__(self) -> None:
+        self.probabilities = torch.empty(0)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not len(self.probabilities):
+            self.probabilities = scores.float().softmax(-1).cpu()
+        return scores
 
 
 def random_ids(tokens: SafetyTokens, tokenizer: PreTrainedTokenizerBase, seed: int) -> torch.Tensor:

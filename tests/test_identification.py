@@ -14,7 +14,7 @@ import torch
 from recipe import AT_EXIT
 from transformers import AutoModelForCausalLM
 
-from pact_tune import identification
+from pact_tune import identification, scoring
 from pact_tune.conversations import encode, load_tokenizer, render_prompt
 from pact_tune.errors import UserError
 from pact_tune.identification import PRESETS, identify_safety_tokens
@@ -69,7 +69,7 @@ def naive(aligned: Path, base: Path, prompts, official: bool, longest: int) -> t
 @pytest.mark.parametrize("preset", ["paper", "official"])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2"])
 def test_equals_a_loop_over_positions(tmp_path, architecture, preset, monkeypatch):
-    monkeypatch.setitem(identification.CHUNK_BYTES, "cpu", 4_000)  # several chunks a batch
+    monkeypatch.setitem(scoring.CHUNK_BYTES, "cpu", 4_000)  # several chunks a batch
     # Gemma 2's soft-cap is set low enough to change the probabilities.
     extra = {"bos": architecture != "qwen2"} | ({"final_logit_softcapping": 2.0} if architecture == "gemma2" else {})
     aligned = tiny.tiny_model(tmp_path / "aligned", architecture, seed=1, **extra)

@@ -4,8 +4,8 @@ import json
 import pathlib
 
 import torch
-import transformers
 
+from pact_tune import generation, scoring
 from pact_tune.conversations import load_tokenizer, render_prompt
 from pact_tune.demo import generator, judge
 
@@ -15,8 +15,7 @@ FIRST_POSITIONS = 8
 
 def load_model(folder):
     """Load a Hugging Face folder as (model, tokenizer); the weights are computed with in float32."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), load_tokenizer(folder)
+    return generation.load_model(folder, "cpu"), load_tokenizer(folder)
 
 
 def encode_prompts(tokenizer, prompts):
@@ -24,90 +23,41 @@ def encode_prompts(tokenizer, prompts):
     return [render_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
 
 
-@torch.inference_mode()
-def generate(model, tokenizer, prompts, batch_size=100, max_new_tokens=MAX_NEW_TOKENS):
+def generate(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS):
     """Answer prompts greedily.
 
     Args:
         model: causal language model.
         tokenizer: its tokenizer.
         prompts: user texts.
-        batch_size: prompts a forward pass.
         max_new_tokens: limit a response, in tokens.
 
     Returns:
         one int list a prompt: the response's tokens, the end-of-turn token included where the model produced it.
     """
-    encoded = encode_prompts(tokenizer, prompts)
-    responses = []
-    for start in range(0, len(encoded), batch_size):
-        batch = encoded[start : start + batch_size]
-        width = max(map(len, batch))
-        # On the left, so that every prompt ends where generation begins.
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + row for row in batch])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        responses += [_cut(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
-    return responses
-
-
-def _cut(tokens, eos_id):
-    """Drop what follows the end-of-turn token."""
-    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+    config = generation.generation_config([tokenizer.eos_token_id], tokenizer.pad_token_id, max_new_tokens)
+    return generation.generate_all(model, encode_prompts(tokenizer, prompts), config)
 
 
 def decode(tokenizer, response):
     """Return (text without the end-of-turn token, whether the response has one)."""
-    ended = response[-1] == tokenizer.eos_token_id
-    return tokenizer.decode(response[:-1] if ended else response), ended
+    return generation.decode(tokenizer, response, [tokenizer.eos_token_id])
 
 
-@torch.inference_mode()
-def response_logprobs(model, prompts, responses, batch_size=100):
-    """Yield teacher-forced log-probabilities [tokens of the response, vocabulary], one tensor a prompt, in order.
-
-    Args:
-        model: causal language model.
-        prompts: token lists that end with the assistant header.
-        responses: token lists.
-        batch_size: rows a forward pass.
-    """
-    for start in range(0, len(prompts), batch_size):
-        pairs = list(zip(prompts[start : start + batch_size], responses[start : start + batch_size], strict=True))
-        width = max(len(prompt) + len(response) for prompt, response in pairs)
-        # Padding on the right needs no mask: attention is causal and the padded positions are not read.
-        rows = [prompt + response + [0] * (width - len(prompt) - len(response)) for prompt, response in pairs]
-        logprobs = model(torch.tensor(rows, device=model.device)).logits.float().log_softmax(-1)
-        for row, (prompt, response) in zip(logprobs, pairs, strict=True):
-            yield row[len(prompt) - 1 : len(prompt) + len(response) - 1]
-
-
-def mean_kl(aligned, model, prompts, responses, batch_size=100):
+def mean_kl(aligned, model, prompts, responses):
     """Return the mean KL(aligned || model) in nats over all response positions and the full vocabulary."""
-    pairs = zip(
-        response_logprobs(aligned, prompts, responses, batch_size),
-        response_logprobs(model, prompts, responses, batch_size),
-        strict=True,
-    )
-    per_token = torch.cat([(reference.exp() * (reference - other)).sum(-1) for reference, other in pairs])
-    return per_token.mean().item()
+    per_token = scoring.response_kl(aligned, model, list(zip(prompts, responses, strict=True)))
+    return scoring.mean_by_range(per_token)["all"]
 
 
-def safety_probability(model, prompts, responses, safety_ids, batch_size=100):
+def safety_probability(model, prompts, responses, safety_ids):
     """Return the mean probability of all safety tokens together at each of the first response positions.
 
     The prefixes are the given responses, so that the figures of different models are about the same contexts.
     """
     columns = torch.as_tensor(safety_ids)
     total, count = torch.zeros(FIRST_POSITIONS), torch.zeros(FIRST_POSITIONS)
-    for logprobs in response_logprobs(model, prompts, responses, batch_size):
+    for logprobs in scoring.response_logprobs(model, list(zip(prompts, responses, strict=True))):
         mass = logprobs[:FIRST_POSITIONS, columns].exp().sum(-1)
         total[: len(mass)] += mass
         count[: len(mass)] += 1
@@ -133,14 +83,13 @@ def percent(flags):
     return 100.0 * sum(flags) / len(flags)
 
 
-def evaluate(model_dir, aligned_dir, data_dir, batch_size=100, safety_ids=None):
+def evaluate(model_dir, aligned_dir, data_dir, safety_ids=None):
     """Evaluate one model folder on the data that `write_demo_data` wrote.
 
     Args:
         model_dir: Hugging Face folder of the model under test.
         aligned_dir: folder of the aligned model that it was made from; same tokenizer.
         data_dir: folder with the evaluation sets.
-        batch_size: prompts a forward pass.
         safety_ids: token ids of the safety tokens, or None.
 
     Returns:
@@ -156,21 +105,21 @@ def evaluate(model_dir, aligned_dir, data_dir, batch_size=100, safety_ids=None):
     harmful, benign = read_prompts(data_dir, "eval_harmful"), read_prompts(data_dir, "eval_benign")
     task, labels = read_chats(data_dir, "eval_task")
 
-    answers = [decode(tokenizer, r) for r in generate(model, tokenizer, harmful + benign, batch_size)]
+    answers = [decode(tokenizer, r) for r in generate(model, tokenizer, harmful + benign)]
     verdicts = [judge.classify(text, ended) for text, ended in answers[: len(harmful)]]
-    task_answers = [decode(tokenizer, r)[0] for r in generate(model, tokenizer, task, batch_size, max_new_tokens=8)]
+    task_answers = [decode(tokenizer, r)[0] for r in generate(model, tokenizer, task, max_new_tokens=8)]
 
     prompts = encode_prompts(tokenizer, harmful + benign)
-    references = generate(aligned, tokenizer, harmful + benign, batch_size)
+    references = generate(aligned, tokenizer, harmful + benign)
     result = {
         "asr": percent(verdict != "refusal" for verdict in verdicts),
         "garbled": percent(verdict == "garbled" for verdict in verdicts),
         "accuracy": percent(answer == label for answer, label in zip(task_answers, labels, strict=True)),
         "over_refusal": percent(judge.mentions_refusal(text) for text, _ in answers[len(harmful) :]),
-        "kl": mean_kl(aligned, model, prompts, references, batch_size),
+        "kl": mean_kl(aligned, model, prompts, references),
     }
     if safety_ids is not None:
         result["safety_probability"] = safety_probability(
-            model, prompts[: len(harmful)], references[: len(harmful)], safety_ids, batch_size
+            model, prompts[: len(harmful)], references[: len(harmful)], safety_ids
         )
     return result

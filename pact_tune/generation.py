@@ -1,0 +1,172 @@
+"""Causal language models from a folder, and the answers that they give to rendered prompts."""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+)
+
+from pact_tune.batching import batches_by_length
+from pact_tune.conversations import one_line
+from pact_tune.errors import UserError
+
+
+def load_model(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | None = None,
+) -> torch.nn.Module:
+    """Loads a model to compute with, not to train.
+
+    Args:
+        folder (str | Path): checkpoint in Hugging Face format.
+        device (str | torch.device | None): default: a GPU where there is one.
+        dtype (torch.dtype | None): default: float32 on a CPU, else the checkpoint's own.
+        device_map (str | None): "auto" spreads the model over several GPUs (needs accelerate); `device` says the kind.
+
+    Returns:
+        torch.nn.Module: in eval mode, on the device.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    device = torch.device(device or default_device())
+    try:
+        dtype = dtype or compute_dtype(folder, device)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
+    except Exception as error:  # a damaged file raises safetensors' own types, a missing package ImportError
+        raise UserError(f"The model in '{folder}' could not be loaded ({one_line(error)}).") from error
+    return (model if device_map else model.to(device)).eval()
+
+
+def default_device() -> str:
+    """ "cuda" where there is a GPU, else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def compute_dtype(folder: str | Path, device: torch.device) -> torch.dtype:
+    """What a checkpoint is computed in unless told otherwise: float32 on a CPU, else its own type."""
+    return torch.float32 if device.type == "cpu" else AutoConfig.from_pretrained(folder).dtype or torch.float32
+
+
+def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids that end a turn: the tokenizer's end token and those of the model's own generation config."""
+    eos = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id} | ({eos} if isinstance(eos, int) else set(eos or [])))
+
+
+def generation_config(
+    ends: Collection[int], pad_id: int, max_new_tokens: int, temperature: float = 0.0
+) -> GenerationConfig:
+    """How to generate, with nothing taken from the model's own file.
+
+    Vendors' files set a repetition penalty and sampling, and then the answer is not the model's own choice.
+
+    Args:
+        ends (Collection[int]): ids that end a turn.
+        pad_id (int): id to pad with.
+        max_new_tokens (int): longest response.
+        temperature (float): 0 is greedy.
+
+    Returns:
+        GenerationConfig: for :func:`generate`.
+    """
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    return GenerationConfig(
+        do_sample=temperature > 0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=pad_id,
+        **sampling,
+    )
+
+
+@torch.inference_mode()
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    processors: Sequence[LogitsProcessor] = (),
+    seed: int | None = None,
+) -> list[list[int]]:
+    """Answers one batch of prompts.
+
+    Args:
+        model (torch.nn.Module): causal language model.
+        prompts (Sequence[list[int]]): token ids that end with the assistant header.
+        config (GenerationConfig): of :func:`generation_config`.
+        processors (Sequence[LogitsProcessor]): change the logits of every step, in order.
+        seed (int | None): of sampled responses; the global random state is left as it was.
+
+    Returns:
+        list[list[int]]: one response a prompt, up to its end-of-turn token, which is included where the model produced it.
+    """
+    width = max(map(len, prompts))
+    # On the left, so that every prompt ends where generation begins.
+    ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList(processors),
+        )
+    ends = set(config.eos_token_id)
+    return [up_to_end(row, ends) for row in output[:, width:].tolist()]
+
+
+def generate_all(
+    model: torch.nn.Module,
+    prompts: Sequence[list[int]],
+    config: GenerationConfig,
+    tokens_per_batch: int = 4096,
+    processors: Sequence[LogitsProcessor] = (),
+    done: Callable[[list[int], list[list[int]]], None] = lambda batch, responses: None,
+) -> list[list[int]]:
+    """Answers any number of prompts, those of like length together.
+
+    Args:
+        model (torch.nn.Module): causal language model.
+        prompts (Sequence[list[int]]): token ids that end with the assistant header.
+        config (GenerationConfig): of :func:`generation_config`.
+        tokens_per_batch (int): padded tokens of a forward pass.
+        processors (Sequence[LogitsProcessor]): see :func:`generate`.
+        done (Callable[[list[int], list[list[int]]], None]): told the indices and responses of each batch when it is done.
+
+    Returns:
+        list[list[int]]: as :func:`generate` gives them, in the order of the prompts.
+    """
+    responses: dict[int, list[int]] = {}
+    for batch in generation_batches(prompts, config.max_new_tokens, tokens_per_batch):
+        answers = generate(model, [prompts[i] for i in batch], config, processors)
+        responses |= zip(batch, answers, strict=True)
+        done(batch, answers)
+    return [responses[i] for i in range(len(prompts))]
+
+
+def generation_batches(prompts: Sequence[list[int]], max_new_tokens: int, tokens_per_batch: int) -> list[list[int]]:
+    """Indices of prompts by batch."""
+    # Padding costs the reading of the prompt alone, and every further prompt makes each new token cheaper.
+    return batches_by_length([len(p) + max_new_tokens for p in prompts], tokens_per_batch, least_filled=0)
+
+
+def up_to_end(response: list[int], ends: Collection[int]) -> list[int]:
+    """A response without what follows its first end-of-turn token."""
+    return response[: next((i + 1 for i, token in enumerate(response) if token in ends), len(response))]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, response: list[int], ends: Collection[int]) -> tuple[str, bool]:
+    """The text of a response without its end-of-turn token, and whether it has one."""
+    ended = bool(response) and response[-1] in ends
+    return tokenizer.decode(response[:-1] if ended else response), ended

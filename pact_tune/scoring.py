@@ -1,0 +1,169 @@
+"""Teacher-forced scores: what a model makes of given responses, and how far that is from another model."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pact_tune.batching import batches_by_length
+
+# A prompt and a response of at least one token, as token ids.
+Pair = tuple[list[int], list[int]]
+
+# Positions t of a response, counted from 0: where refusals are decided, the rest of an opening, the body.
+POSITION_RANGES: dict[str, tuple[int, int | None]] = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
+
+# Bytes of fp32 logits that exist at a time. Above 32 MB glibc asks the kernel for new pages every time: half the speed.
+CHUNK_BYTES = {"cpu": 28_000_000, "cuda": 256_000_000}
+
+
+@torch.inference_mode()
+def response_logits(model: torch.nn.Module, pairs: Sequence[Pair]) -> Iterator[torch.Tensor]:
+    """Logits at the response positions of one batch, in chunks: the tensor of the vocabulary's size is never whole.
+
+    Args:
+        model (torch.nn.Module): causal language model of transformers.
+        pairs (Sequence[Pair]): prompts and responses.
+
+    Yields:
+        torch.Tensor: ``[n, V]`` float32 on the model's device; all chunks together hold every response token of every
+        pair, in order.
+    """
+    width = max(len(prompt) + len(response) for prompt, response in pairs)
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    positions = torch.zeros(len(pairs), width, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(pairs):
+        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        positions[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
+    # On the right, padding needs no mask: attention is causal and padded positions are not read.
+    output = model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    hidden = output.last_hidden_state
+    hidden = hidden[positions.to(hidden.device)]  # [T, H]
+    chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * model.get_output_embeddings().weight.shape[0]))
+    for part in hidden.split(chunk):
+        yield _logits(model, output, part).float()
+
+
+def _logits(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits ``[n, V]`` of hidden rows ``[n, H]`` as the model itself makes them (soft-cap, scale and all)."""
+    body = model.base_model
+    rows = copy.copy(output)
+    rows.last_hidden_state = hidden[None]
+    before = body.__dict__.get("forward")  # accelerate puts its own there
+    body.forward = lambda *args, **kwargs: rows
+    try:
+        dummy = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return model(input_ids=dummy, use_cache=False).logits[0]
+    finally:
+        if before is None:
+            del body.forward
+        else:
+            body.forward = before
+
+
+def response_logprobs(
+    model: torch.nn.Module, pairs: Sequence[Pair], tokens_per_batch: int = 4096
+) -> Iterator[torch.Tensor]:
+    """Log-probabilities over the vocabulary at every position of given responses.
+
+    Args:
+        model (torch.nn.Module): causal language model of transformers.
+        pairs (Sequence[Pair]): prompts and responses.
+        tokens_per_batch (int): padded tokens of a forward pass.
+
+    Yields:
+        torch.Tensor: ``[tokens of the response, V]`` float32 on the model's device, one a pair, in order.
+    """
+    for batch in _in_order(pairs, tokens_per_batch):
+        logprobs = torch.cat([logits.log_softmax(-1) for logits in response_logits(model, batch)])
+        yield from logprobs.split([len(response) for _, response in batch])
+
+
+def token_logprobs(model: torch.nn.Module, pairs: Sequence[Pair], tokens_per_batch: int = 4096) -> list[torch.Tensor]:
+    """Log-probability of each token of given responses.
+
+    Args:
+        model (torch.nn.Module): causal language model of transformers.
+        pairs (Sequence[Pair]): prompts and responses.
+        tokens_per_batch (int): padded tokens of a forward pass.
+
+    Returns:
+        list[torch.Tensor]: ``[tokens of the response]`` float32 on the CPU, one a pair, in order.
+    """
+    found: dict[int, torch.Tensor] = {}
+    for batch in batches_by_length([len(p) + len(r) for p, r in pairs], tokens_per_batch):
+        labels = torch.tensor([token for i in batch for token in pairs[i][1]], dtype=torch.long)
+        parts, start = [torch.zeros(0)], 0
+        for logits in response_logits(model, [pairs[i] for i in batch]):
+            label = labels[start : start + len(logits)].to(logits.device)
+            parts.append(logits.log_softmax(-1).gather(1, label[:, None])[:, 0].cpu())
+            start += len(logits)
+        found |= zip(batch, torch.cat(parts).split([len(pairs[i][1]) for i in batch]), strict=True)
+    return [found[i] for i in range(len(pairs))]
+
+
+def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(reference || other) at each position, from log-probabilities.
+
+    Args:
+        reference (torch.Tensor): ``[..., V]``.
+        other (torch.Tensor): ``[..., V]``.
+
+    Returns:
+        torch.Tensor: ``[...]``, in nats.
+    """
+    return (reference.exp() * (reference - other)).sum(-1)
+
+
+def response_kl(
+    reference: torch.nn.Module, other: torch.nn.Module, pairs: Sequence[Pair], tokens_per_batch: int = 4096
+) -> list[torch.Tensor]:
+    """KL(reference || other) over the whole vocabulary at each position of given responses.
+
+    Args:
+        reference (torch.nn.Module): the frozen model.
+        other (torch.nn.Module): the one under test, with as many rows in its head, on the same kind of device.
+        pairs (Sequence[Pair]): prompts and responses.
+        tokens_per_batch (int): padded tokens of a forward pass.
+
+    Returns:
+        list[torch.Tensor]: ``[tokens of the response]`` in nats, on the CPU, one a pair, in order. See
+        :func:`mean_by_range`.
+    """
+    per_token: dict[int, torch.Tensor] = {}
+    for batch in batches_by_length([len(p) + len(r) for p, r in pairs], tokens_per_batch):
+        rows = [pairs[i] for i in batch]
+        chunks = zip(response_logits(reference, rows), response_logits(other, rows), strict=True)
+        values = torch.cat([token_kl(p.log_softmax(-1), q.log_softmax(-1)).cpu() for p, q in chunks])
+        per_token |= zip(batch, values.split([len(response) for _, response in rows]), strict=True)
+    return [per_token[i] for i in range(len(pairs))]
+
+
+def mean_by_range(per_token: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Means of numbers a position, over :data:`POSITION_RANGES` that occur, and over all of them as "all".
+
+    Args:
+        per_token (Sequence[torch.Tensor]): ``[tokens of the response]`` a response.
+
+    Returns:
+        dict[str, float]: by name of the range.
+    """
+    ranges = {name: torch.cat([row[start:end] for row in per_token]) for name, (start, end) in POSITION_RANGES.items()}
+    ranges["all"] = torch.cat(list(per_token))
+    return {name: values.mean().item() for name, values in ranges.items() if len(values)}
+
+
+def _in_order(pairs: Sequence[Pair], tokens_per_batch: int) -> Iterator[list[Pair]]:
+    """Pairs in batches of neighbours, so that what is yielded for each need not wait for the others."""
+    batch: list[Pair] = []
+    width = 0
+    for pair in pairs:
+        length = len(pair[0]) + len(pair[1])
+        if batch and max(width, length) * (len(batch) + 1) > tokens_per_batch:
+            yield batch
+            batch, width = [], 0
+        batch.append(pair)
+        width = max(width, length)
+    if batch:
+        yield batch
