@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -21,15 +21,28 @@ from pact_tune.errors import UserError
 DATE = "26 Jul 2024"
 
 
+# Stands for an answer's text where only what a template writes around it is asked for.
+PLACEHOLDER = "b1c7placeholder7c1b"
+
+
 class RejectedChat(UserError):
-    """A chat that its chat template will not render, or only so that its responses cannot be located."""
+    """A chat that its chat template will not render, or only as another text than the one that is given."""
 
 
 class Message(TypedDict):
-    """One turn of a chat: ``role`` ("system", "user" or "assistant") and ``content`` (text)."""
+    """One turn of a chat: ``role`` ("system", "user", "assistant" or "tool") and ``content`` (text).
+
+    ``weight`` 0 on an assistant turn: it is context and no response (the name is OpenAI's). The other keys are passed on
+    to the chat template.
+    """
 
     role: str
     content: str
+    weight: NotRequired[float]
+    tool_calls: NotRequired[list[Any]]
+    reasoning_content: NotRequired[str]
+    name: NotRequired[str]
+    tool_call_id: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -123,56 +136,181 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
         raise RejectedChat(f"The chat template does not take this chat: {one_line(error)}.") from error
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Conversation:
-    """Tokenizes a chat and finds its responses.
+def is_response(message: Message) -> bool:
+    """Whether a turn is trained on: one of the assistant that has text, calls no tool and is not given a weight of 0.
 
-    Prompt and response are tokenized apart, as they are when a model answers, so that no token straddles the border.
-    A response ends with its end-of-turn token; what the template writes after that (Qwen: a newline) belongs to
-    the prompt of the next turn.
+    An empty turn, or one that holds nothing but a tool call, would teach silence.
+    """
+    answers = message["role"] == "assistant" and bool(message["content"].strip())
+    return answers and not message.get("tool_calls") and message.get("weight", 1) != 0
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> Conversation:
+    """Tokenizes a chat that its template writes as one text (see :func:`render_turns`).
 
     Args:
         tokenizer (PreTrainedTokenizerBase): the model's own tokenizer.
-        messages (list[Message]): turns; each assistant turn is a response.
+        messages (list[Message]): turns.
 
     Returns:
-        Conversation: ids and response ranges; no ranges when there is no assistant turn.
+        Conversation: ids and response ranges; empty when there is no response.
 
     Raises:
-        UserError: the template rewrites earlier turns, so that responses cannot be located. A chat that the template
-            does not take (an order of roles, a system message), or that begins with the assistant, is a
-            :class:`RejectedChat`.
+        UserError: the template writes earlier turns in another way once a later one follows.
+        RejectedChat: the template does not take this chat.
     """
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    tokens: list[int] = []
+    conversations = render_turns(tokenizer, messages)
+    if len(conversations) > 1:
+        raise UserError(
+            "The chat template writes earlier turns in another way when a later one is added, so this chat is "
+            f"{len(conversations)} texts and not one: give one turn at a time."
+        )
+    return conversations[0] if conversations else Conversation([], [])
+
+
+def render_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[Conversation]:
+    """Tokenizes a chat and finds its responses, each after exactly the prompt that a served model would answer.
+
+    Every response is rendered up to itself. As long as the next prompt continues what stands there, responses share one
+    conversation. A template that writes earlier turns in another way once a later one follows (Qwen3 drops their
+    reasoning) gives one conversation for each such prompt: the earlier turns are context there, written as a server
+    writes them, and each response is trained once.
+
+    Prompt and response are tokenized apart, as they are when a model answers, so that no token straddles the border. A
+    response is all that the template writes from there to the end of the turn (of Qwen3 an empty ``<think>`` block too);
+    what follows the end-of-turn token (Qwen, Gemma: a newline) belongs to the prompt of the next turn. Without an
+    end-of-turn token all of it is the response's.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): the model's own tokenizer.
+        messages (list[Message]): turns; see :func:`is_response` for those that are responses.
+
+    Returns:
+        list[Conversation]: one or, of a template that rewrites, several; none when there is no response.
+
+    Raises:
+        UserError: the template ignores ``add_generation_prompt``, so that its header would be trained.
+        RejectedChat: the template does not take this chat (an order of roles, a system message), drops or changes its
+            texts, or the chat begins with the assistant.
+    """
+    conversations: list[Conversation] = []
+    tokens: list[int] = []  # up to the end of the last response
     responses: list[tuple[int, int]] = []
-    done = ""  # the rendered text that `tokens` covers
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if not is_response(message):
             continue
-        if index == 0:
-            raise RejectedChat("The chat begins with the assistant: there is nothing to respond to.")
-        prompt = _apply_template(tokenizer, messages[:index], header=True)
-        whole = _apply_template(tokenizer, messages[: index + 1], header=False)
-        if not whole.startswith(prompt):
-            raise UserError(
-                "The chat template begins an answered assistant turn in another way than the one it prompts for, so "
-                "responses cannot be located; use a template whose add_generation_prompt adds the assistant header alone."
-            )
-        if not prompt.startswith(done):
-            raise UserError(
-                "The chat template changes earlier turns when a later one is added, so the responses of a chat of "
-                "several turns cannot be located; train on chats with one assistant turn."
-            )
-        tokens += encode(tokenizer, prompt[len(done) :])
-        answer = encode(tokenizer, whole[len(prompt) :])
-        # The last special token closes the turn; a template without one leaves the whole text to the response.
-        length = max((i + 1 for i, token in enumerate(answer) if token in special), default=len(answer))
-        responses.append((len(tokens), len(tokens) + length))
-        tokens += answer
-        done = whole
-    if responses:
-        tokens = tokens[: responses[-1][1]]
-    return Conversation(tokens, responses)
+        prompt = _apply_template(tokenizer, messages[:index], header=True) if index else ""
+        _check_prompt(messages[:index], prompt)
+        answer = _answer(tokenizer, messages[: index + 1], prompt)
+        ids = encode(tokenizer, prompt)
+        if ids[: len(tokens)] != tokens:
+            conversations.append(Conversation(tokens, responses))
+            responses = []
+        tokens = ids + answer
+        responses.append((len(ids), len(tokens)))
+    return [*conversations, Conversation(tokens, responses)] if responses else []
+
+
+def _check_prompt(messages: list[Message], prompt: str) -> None:
+    """Raises RejectedChat where a prompt lacks the texts that it was rendered from."""
+    if not messages:
+        raise RejectedChat("The chat begins with the assistant: there is nothing to respond to.")
+    written = _squeezed(prompt)
+    for message in messages:
+        if message["role"] in ("system", "user") and _squeezed(message["content"]) not in written:
+            raise RejectedChat(f"The chat template drops or changes the text of a {message['role']} turn.")
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: str) -> list[int]:
+    """Ids of the last turn, from the end of ``prompt`` to its end-of-turn token."""
+    whole = _apply_template(tokenizer, messages, header=False)
+    if not whole.startswith(prompt):
+        raise RejectedChat(
+            "The chat template begins an answered assistant turn in another way than the one it prompts for, so "
+            "responses cannot be located; use a template whose add_generation_prompt adds the assistant header alone."
+        )
+    answer = whole[len(prompt) :]
+    if _squeezed(messages[-1]["content"]) not in _squeezed(answer):
+        raise RejectedChat("The chat template drops or changes the text of an assistant turn.")
+    # What surrounds the text is found with another text in its place: its own may hold anything, an end of turn too.
+    around = _apply_template(tokenizer, [*messages[:-1], {**messages[-1], "content": PLACEHOLDER}], header=False)
+    before, _, after = around.removeprefix(prompt).rpartition(PLACEHOLDER)
+    if before.strip() and prompt == _apply_template(tokenizer, messages[:-1], header=False):
+        raise UserError(
+            f"The chat template ignores add_generation_prompt: it begins an answer with {before!r} but does not prompt for "
+            "one with it, so the header would be trained; use a template that writes it for add_generation_prompt=True."
+        )
+    if not answer.endswith(after):
+        raise RejectedChat("The chat template ends this assistant turn in another way than others.")
+    ids = encode(tokenizer, answer)
+    return ids[: len(ids) - _behind_end_of_turn(tokenizer, after)]
+
+
+def _squeezed(text: str) -> str:
+    """A text without white space, which templates may trim."""
+    return "".join(text.split())
+
+
+@functools.lru_cache
+def _behind_end_of_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+    """How many tokens of what a template writes after an answer stand behind its first special one; 0 without one."""
+    special = special_ids(tokenizer)
+    ids = encode(tokenizer, text)
+    end = next((index + 1 for index, token in enumerate(ids) if token in special), len(ids))
+    return len(ids) - end
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the chat template writes after an answer's text, up to its end-of-turn token.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): the model's own tokenizer.
+
+    Returns:
+        list[int]: ids, in nearly every template one; none where the template has no end-of-turn token.
+    """
+    chat: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": PLACEHOLDER}]
+    after = _apply_template(tokenizer, chat, header=False).rpartition(PLACEHOLDER)[2]
+    ids = encode(tokenizer, after)
+    ids = ids[: len(ids) - _behind_end_of_turn(tokenizer, after)]
+    return ids if ids and ids[-1] in special_ids(tokenizer) else []
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are marks and no text: the special ones, and what was added to the vocabulary beside white space.
+
+    Gemma's added tokens hold its newlines; Qwen's ``<tool_call>`` is added and not called special.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    return set(tokenizer.all_special_ids) | {i for i, token in added if token.special or token.content.strip()}
+
+
+def show(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, longest: int = 400) -> str:
+    """A conversation as text, for people to check: each response stands between ``>>>`` and ``<<<``.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): the model's own tokenizer.
+        conversation (Conversation): what is shown, up to the end of its last response.
+        longest (int): characters of each piece; of a longer one the middle is left out.
+
+    Returns:
+        str: several lines; control characters (a terminal would obey them) are escaped.
+    """
+    pieces = []
+    done = 0
+    for start, end in conversation.responses:
+        prompt, response = (
+            _printable(tokenizer.decode(conversation.tokens[a:b]), longest) for a, b in ((done, start), (start, end))
+        )
+        pieces.append(f"{prompt}>>>{response}<<<")
+        done = end
+    return "".join(pieces)
+
+
+def _printable(text: str, longest: int) -> str:
+    if len(text) > longest:
+        text = f"{text[: longest // 2]} […] {text[len(text) - longest // 2 :]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 @functools.lru_cache
@@ -198,9 +336,11 @@ def response_only_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool = True) -
             "The chat template writes no assistant header for add_generation_prompt=True, which the response-only "
             "view needs; use the instruct model's template, or set response_only: False."
         )
-    starts_with_bos = tokenizer.bos_token is not None and without.startswith(tokenizer.bos_token)
-    prefix = [tokenizer.bos_token_id] if bos and starts_with_bos else []
-    return tuple(prefix + encode(tokenizer, header))
+    ids = encode(tokenizer, header)
+    # SmolLM2's BOS is the <|im_start|> that its header begins with already.
+    if bos and ids[0] != tokenizer.bos_token_id and encode(tokenizer, without)[:1] == [tokenizer.bos_token_id]:
+        ids = [tokenizer.bos_token_id, *ids]
+    return tuple(ids)
 
 
 def one_line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from pact_tune import hub
 from pact_tune.batching import batches_by_length
-from pact_tune.conversations import encode, load_tokenizer, render, render_prompt, tokenizer_fingerprint
+from pact_tune.conversations import encode, end_of_turn, load_tokenizer, render, render_prompt, tokenizer_fingerprint
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.files import atomic_file
 from pact_tune.generation import (
@@ -317,12 +317,10 @@ def _corpus(
 
 def _given_response(run: _Run, messages: list[dict[str, str]], text: str) -> list[int]:
     conversation = render(run.tokenizer, [*messages, {"role": "assistant", "content": text}])
-    start, end = conversation.responses[-1]
-    return _cut(run, conversation.tokens[start:end], {conversation.tokens[end - 1]} & _special(run.tokenizer))
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    response = [token for start, end in conversation.responses for token in conversation.tokens[start:end]]
+    if not run.include_eos:
+        response = response[: len(response) - len(end_of_turn(run.tokenizer))]
+    return response[: run.max_response_tokens]
 
 
 def _cut(run: _Run, response: list[int], eos: Collection[int]) -> list[int]:

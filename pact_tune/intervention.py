@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from pact_tune import hub
-from pact_tune.conversations import load_tokenizer, render_prompt
+from pact_tune.conversations import load_tokenizer, render_prompt, special_ids
 from pact_tune.errors import UserError
 from pact_tune.generation import decode, end_tokens, generate, generation_batches, generation_config, load_model
 from pact_tune.safety_tokens import REFUSAL_TEMPLATES, SafetyTokens
@@ -173,8 +173,7 @@ def random_ids(tokens: SafetyTokens, tokenizer: PreTrainedTokenizerBase, seed: i
     Returns:
         torch.Tensor: ids, ``[K]``, or all that are left of a small vocabulary.
     """
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    pool = sorted(set(tokenizer.get_vocab().values()) - special - set(tokens.ids.tolist()))
+    pool = sorted(set(tokenizer.get_vocab().values()) - special_ids(tokenizer) - set(tokens.ids.tolist()))
     return torch.tensor(random.Random(seed).sample(pool, min(len(tokens), len(pool))))
 
 

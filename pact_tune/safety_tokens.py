@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from pact_tune.conversations import encode, tokenizer_fingerprint
+from pact_tune.conversations import encode, special_ids, tokenizer_fingerprint
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_folder
 from pact_tune.version import __version__
@@ -316,7 +316,7 @@ def safety_tokens_from_templates(
         UserError: no template yields a token.
     """
     templates = REFUSAL_TEMPLATES if templates is None else templates
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     counts: dict[int, int] = {}
     for template in templates:
         ids = set(encode(tokenizer, template)) | set(encode(tokenizer, " " + template))

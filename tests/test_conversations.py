@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AddedToken, AutoModelForCausalLM
 
 from pact_tune import UserError, load_tokenizer
 from pact_tune.batching import collate, response_only_views
@@ -15,9 +15,13 @@ from pact_tune.conversations import (
     Conversation,
     RejectedChat,
     encode,
+    end_of_turn,
     render,
     render_prompt,
+    render_turns,
     response_only_prefix,
+    show,
+    special_ids,
     tokenizer_fingerprint,
     vocabulary_size,
 )
@@ -32,11 +36,31 @@ DEFAULT_SYSTEM_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a language model.<|im_end|>\n{% endif %}"
     + CHAT_TEMPLATE.replace("{% if bos %}{{ bos_token }}{% endif %}", "")
 )
-# Like Qwen3's: what stands before "#" in an answer is its reasoning, and shown in the last turn only.
-REWRITING_TEMPLATE = (
-    "{%- for m in messages -%}<|im_start|>{{ m['role'] }}\n"
-    "{{ m['content'] if loop.last else m['content'].split('#')[-1] }}<|im_end|>\n{%- endfor -%}"
+# Like Qwen3's: the last answer begins with its reasoning, an empty one where it has none; earlier ones lose theirs.
+REASONING_TEMPLATE = (
+    "{%- for m in messages -%}<|im_start|>{{ m['role'] + '\\n' }}"
+    "{%- set text = m['content'].split('</think>')[-1].lstrip('\\n') -%}"
+    "{%- set reasoning = m['content'].split('</think>')[0].split('<think>')[-1].strip('\\n') if '</think>' in m['content'] else '' -%}"
+    "{%- if m['role'] == 'assistant' and loop.last -%}{{ '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}{%- endif -%}"
+    "{{ text + '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+# SmolLM2's: BOS is the <|im_start|> that every turn begins with.
+SMOLLM_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are SmolLM<|im_end|>\\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+# Gemma's: the assistant is "model", texts are trimmed.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + ('model' if m['role'] == 'assistant' else m['role']) + '\\n' "
+    "+ m['content'] | trim + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>model\\n' }}{% endif %}"
+)
+# No token ends a turn.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 # Like Gemma's: no system message, and the roles take turns.
 STRICT_TEMPLATE = (
@@ -141,10 +165,21 @@ def test_no_token_straddles_header_and_response(tmp_path):
     assert tokenizer.decode(conversation.tokens[start:end]) == "\n\nYes.<|im_end|>"
 
 
-def test_an_empty_response_is_its_end_of_turn(tokenizer):
-    conversation = render(tokenizer, [USER, {"role": "assistant", "content": ""}])
+@pytest.mark.parametrize(
+    "turn",
+    [{"content": ""}, {"content": " \n"}, {"content": "Hm.", "tool_calls": [{"function": {"name": "f"}}]},
+     {"content": "Hm.", "weight": 0}],
+)  # fmt: skip
+def test_turns_that_are_no_responses_are_context(tokenizer, turn):
+    """An empty turn or a tool call would teach silence, and a weight of 0 says so."""
+    turn = {"role": "assistant", **turn}
+    assert render(tokenizer, [USER, turn]) == Conversation([], [])
+    conversation = render(tokenizer, [USER, turn, USER, ANSWER, turn])
     ((start, end),) = conversation.responses
-    assert conversation.tokens[start:end] == [tokenizer.eos_token_id]
+    assert conversation.tokens[:start] == render_prompt(tokenizer, [USER, turn, USER])
+    assert tokenizer.decode(conversation.tokens[start:]).startswith(ANSWER["content"]) and end == len(
+        conversation.tokens
+    )
 
 
 def test_a_chat_without_an_answer_has_no_response(tokenizer):
@@ -154,11 +189,99 @@ def test_a_chat_without_an_answer_has_no_response(tokenizer):
 
 
 def test_a_template_without_an_end_of_turn_token_gives_the_whole_text_to_the_response(tmp_path):
-    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    tokenizer = of_template(tmp_path, PLAIN_TEMPLATE)
+    for content in (ANSWER["content"], "Write <|im_end|> there."):  # as text it ends nothing
+        conversation = render(tokenizer, [USER, {"role": "assistant", "content": content}])
+        ((start, end),) = conversation.responses
+        assert tokenizer.decode(conversation.tokens[start:end]) == content + "\n"
+    assert end_of_turn(tokenizer) == []
+
+
+@pytest.mark.parametrize("template", ["chatml", "gemma"])
+def test_the_end_of_turn_is_what_the_template_writes_after_the_text(tmp_path, template):
+    """Neither a newline that was added to the vocabulary (Gemma's) nor an end of turn in the text itself is one."""
+    tokenizer = of_template(tmp_path, CHAT_TEMPLATE if template == "chatml" else GEMMA_TEMPLATE, bos=True)
+    tokenizer.add_tokens([AddedToken("\n", normalized=False)])
+    newline, end_token = tokenizer.convert_tokens_to_ids("\n"), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert end_of_turn(tokenizer) == [end_token] and newline not in special_ids(tokenizer)
+    content = "One.\nTwo: <|im_end|> ends a turn.\nThree."
+    conversation = render(tokenizer, [USER, {"role": "assistant", "content": content}, USER, ANSWER])
+    (start, end), _ = conversation.responses
+    assert tokenizer.decode(conversation.tokens[start:end]) == content + "<|im_end|>"
+    assert conversation.tokens[end - 1 : end + 1] == [end_token, newline]
+    assert conversation.tokens[start:end].count(newline) == 2
+
+
+def test_the_first_token_that_ends_a_turn_ends_the_response(tmp_path):
+    """Phi-3 ends a turn with <|end|>, and the whole text with end-of-text unless it prompts."""
+    template = CHAT_TEMPLATE.replace("{%- endif -%}", "{%- else -%}<|endoftext|>{%- endif -%}")
     tokenizer = of_template(tmp_path, template)
-    conversation = render(tokenizer, CHATS["one turn"])
-    ((start, end),) = conversation.responses
-    assert tokenizer.decode(conversation.tokens[start:end]) == ANSWER["content"] + "\n"
+    conversation = render(tokenizer, CHATS["several turns"])
+    ends = [tokenizer.decode(conversation.tokens[end - 1]) for _, end in conversation.responses]
+    assert ends == ["<|im_end|>"] * 2 and "<|endoftext|>" not in tokenizer.decode(conversation.tokens)
+
+
+# Templates that rewrite ----------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_drops_earlier_reasoning_gives_one_conversation_a_turn(tmp_path):
+    """As a server of Qwen3 does: earlier turns without reasoning are the prompt, and each response is trained once."""
+    tokenizer = of_template(tmp_path, REASONING_TEMPLATE)
+    reasoned = {"role": "assistant", "content": "<think>\nWet.\n</think>\n\nWater."}
+    chat = [USER, reasoned, USER, ANSWER]
+    first, second = render_turns(tokenizer, chat)
+    answers = ["<think>\nWet.\n</think>\n\nWater.<|im_end|>", f"<think>\n\n</think>\n\n{ANSWER['content']}<|im_end|>"]
+    for conversation, messages, answer in ((first, chat[:1], answers[0]), (second, chat[:3], answers[1])):
+        ((start, end),) = conversation.responses
+        assert conversation.tokens[:start] == render_prompt(tokenizer, messages) and end == len(conversation.tokens)
+        assert tokenizer.decode(conversation.tokens[start:]) == answer
+    assert "Wet." not in tokenizer.decode(second.tokens) and "Water." in tokenizer.decode(second.tokens)
+    assert render(tokenizer, chat[:2]) == first
+    with pytest.raises(UserError, match="this chat is 2 texts and not one"):
+        render(tokenizer, chat)
+
+
+@pytest.mark.parametrize(
+    ("change", "role", "chat"),
+    [
+        ("message['content'].split('</think>')[-1]", "assistant",
+         [USER, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}]),
+        ("(message['content'] | tojson)", "assistant", [USER, {"role": "assistant", "content": 'Say "no".'}]),
+        ("('' if message['role'] == 'system' else message['content'])", "system", [SYSTEM, USER, ANSWER]),
+        ("message['content'][:20]", "user", [USER, {"role": "assistant", "content": "Yes."}]),
+    ],
+)  # fmt: skip
+def test_a_chat_whose_text_is_not_in_its_rendering_is_rejected(tmp_path, change, role, chat):
+    tokenizer = of_template(tmp_path, CHAT_TEMPLATE.replace("message['content']", change))
+    with pytest.raises(RejectedChat, match=f"drops or changes the text of an? {role} turn"):
+        render(tokenizer, chat)
+    assert render(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]).responses
+
+
+def test_a_template_that_ignores_the_generation_prompt_is_refused(tmp_path):
+    """It would have its header trained; one without any header (Mistral's) has nothing to ignore."""
+    ignoring = CHAT_TEMPLATE.split("{%- if add_generation_prompt")[0]
+    with pytest.raises(UserError, match=r"ignores add_generation_prompt.*'<\|im_start\|>assistant\\n'") as error:
+        render(of_template(tmp_path / "ignoring", ignoring), CHATS["one turn"])
+    assert not isinstance(error.value, RejectedChat)
+    mistral = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    tokenizer = of_template(tmp_path / "mistral", mistral)
+    conversation = render(tokenizer, CHATS["several turns"])
+    answers = [tokenizer.decode(conversation.tokens[slice(*span)]) for span in conversation.responses]
+    assert answers == [f" {ANSWER['content']}<|im_end|>", " Water.<|im_end|>"]
+
+
+def test_a_conversation_is_shown_with_its_responses_marked(tmp_path):
+    tokenizer = of_template(tmp_path, CHAT_TEMPLATE)
+    answers = ["Red\x1b[31m.\nÄ", "word " * 300]
+    chat = [turn for content in answers for turn in (USER, {"role": "assistant", "content": content})]
+    text = show(tokenizer, render(tokenizer, chat))
+    user = f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
+    assert text.startswith(f"{user}>>>Red\\x1b[31m.\nÄ<|im_end|><<<\n{user}>>>word word ")
+    assert text.endswith("word <|im_end|><<<") and " […] " in text and len(text) < 1000
 
 
 # The response-only view ----------------------------------------------------------------------------------------------
@@ -173,6 +296,10 @@ def test_the_response_only_prefix_is_the_assistant_header(tmp_path, bos):
     llama = of_template(tmp_path / "llama", LLAMA_TEMPLATE, bos=True)
     header = encode(llama, "<|im_start|>assistant\n\n")
     assert response_only_prefix(llama, bos) == tuple([llama.bos_token_id] * bos + header)
+    smollm = of_template(tmp_path / "smollm", SMOLLM_TEMPLATE)
+    smollm.bos_token = "<|im_start|>"
+    header = encode(smollm, "<|im_start|>assistant\n")
+    assert response_only_prefix(smollm, bos) == tuple(header) and header[0] == smollm.bos_token_id
     unused = of_template(tmp_path / "unused", CHAT_TEMPLATE, bos=True)  # a BOS token that the template does not write
     assert response_only_prefix(unused, bos) == tuple(encode(unused, "<|im_start|>assistant\n"))
 
@@ -235,14 +362,6 @@ def test_logits_before_a_token_predict_it(tmp_path, architecture):
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
-    tokenizer = of_template(tmp_path, REWRITING_TEMPLATE)
-    reasoned = {"role": "assistant", "content": "Hm.#Water."}
-    assert len(render(tokenizer, [USER, reasoned]).responses) == 1  # one turn is well defined
-    with pytest.raises(UserError, match="changes earlier turns .* train on chats with one assistant turn"):
-        render(tokenizer, [USER, reasoned, USER, ANSWER])
 
 
 def test_a_generation_prompt_that_answered_turns_lack_is_refused(tmp_path):
