@@ -247,7 +247,7 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    (state.parent / ".epoch_0.x.partial").mkdir()  # as a kill during an export leaves it
+    (state.parent / ".epoch_0.0123456789abcdef.pact.partial").mkdir()  # as a kill during an export leaves it
     steps = torch.load(state, weights_only=True)["global_step"]
     assert 0 < steps < 200
     assert tune_run(monkeypatch, config, *killed, "resume_from_checkpoint=True") is None
