@@ -370,7 +370,7 @@ def _repository_card(repo: str, folders: list[str]) -> str:
 
 def save_copy(folder: Path, output: str | Path) -> None:
     """Copies downloaded safety tokens out of the cache; the folder appears whole or not at all."""
-    with atomic_folder(output) as aside:
+    with atomic_folder(output, marker=FILES[0], names=FILES) as aside:
         for name in FILES:
             shutil.copyfile(folder / name, aside / name)
 

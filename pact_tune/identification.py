@@ -10,7 +10,6 @@ import gc
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from pact_tune import hub
 from pact_tune.batching import batches_by_length
 from pact_tune.conversations import encode, end_of_turn, load_tokenizer, render, render_prompt, tokenizer_fingerprint
 from pact_tune.errors import UserError, unknown_key
-from pact_tune.files import atomic_file
+from pact_tune.files import PARTIAL, atomic_file, check_replaceable, remove_partial
 from pact_tune.generation import (
     compute_dtype,
     default_device,
@@ -39,6 +38,8 @@ from pact_tune.generation import (
 from pact_tune.safety_tokens import Ranking, SafetyTokens, Weighting, decode_tokens, is_style, token_weights, top_k
 from pact_tune.scoring import response_logits
 
+# What a work folder holds; the first says whose it is.
+WORK_FILES = ("settings.json", "responses-*-[0-9]*.json", "sums-*-of-*.safetensors")
 CANDIDATES = 2048  # kept by each ranking, so that another K or ranking needs no model
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -541,10 +542,19 @@ def _claim_work_dir(run: _Run, models: dict[str, Any], harmful: _Corpus, benign:
             path.write_text(json.dumps(settings, indent=1))
 
 
+def check_work_dir(work_dir: str | Path) -> None:
+    """Raises UserError where :func:`identify_safety_tokens` would keep its work among somebody else's files."""
+    check_replaceable(work_dir, WORK_FILES[0], [*WORK_FILES, f".*{PARTIAL}"])
+
+
 def remove_work_dir(work_dir: str | Path) -> None:
-    """Deletes a work folder of :func:`identify_safety_tokens`, and nothing that is not one."""
-    if (Path(work_dir) / "settings.json").exists():
-        shutil.rmtree(work_dir)
+    """Deletes the files of a work folder of :func:`identify_safety_tokens`, and the folder when nothing else is in it."""
+    remove_partial(work_dir, WORK_FILES)
+    for pattern in WORK_FILES:
+        for file in Path(work_dir).glob(pattern):
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        Path(work_dir).rmdir()
 
 
 def _world(device: str | None) -> tuple[int, int, torch.device]:

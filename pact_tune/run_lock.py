@@ -63,7 +63,9 @@ def _locked(file: Path) -> int:
             if error.errno not in _NO_LOCKS:
                 os.close(handle)
                 raise
-            logger.warning("The file system of '%s' has no locks: see to it that no other run writes there.", file.parent)
+            logger.warning(
+                "The file system of '%s' has no locks: see to it that no other run writes there.", file.parent
+            )
         # The holder before may have removed the name between our opening and locking it.
         if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
             break

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pact_tune.conversations import encode, special_ids, tokenizer_fingerprint
 from pact_tune.errors import UserError
-from pact_tune.files import atomic_folder
+from pact_tune.files import atomic_folder, check_replaceable
 from pact_tune.version import __version__
 
 SCHEMA_VERSION = 1
 TENSORS_FILE = "safety_tokens.safetensors"
 JSON_FILE = "safety_tokens.json"
+FILES = (JSON_FILE, TENSORS_FILE)
 
 Ranking = Literal["score", "reference_probability"]
 Weighting = Literal["raw", "centred", "uniform"]
@@ -156,9 +157,12 @@ class SafetyTokens:
         """Writes the folder; it appears whole or not at all.
 
         Args:
-            directory (str | Path): the folder, replaced when it exists.
+            directory (str | Path): the folder; one that holds safety tokens, and nothing else, is replaced.
+
+        Raises:
+            UserError: something else lies there, or nothing can be written there.
         """
-        with atomic_folder(directory) as folder:
+        with atomic_folder(directory, marker=JSON_FILE, names=FILES) as folder:
             tensors = {
                 "ids": self.ids,
                 "weights": self.weights,
@@ -244,6 +248,11 @@ class SafetyTokens:
             candidate_tokens=description.pop("candidate_tokens", []),
             provenance=description,
         )
+
+
+def check_output(directory: str | Path) -> None:
+    """Raises UserError where :meth:`SafetyTokens.save` would find something that is not safety tokens."""
+    check_replaceable(directory, JSON_FILE, FILES)
 
 
 def token_weights(scores: torch.Tensor, weighting: Weighting) -> torch.Tensor:

@@ -218,7 +218,9 @@ def on_disk(tmp_path: Path, options: str, code: str) -> subprocess.CompletedProc
     """Runs code with a small file system of its own, which nobody else sees."""
     (tmp_path / "disk").mkdir()
     (tmp_path / "code.py").write_text(textwrap.dedent(code))
-    script = f"mount -t tmpfs -o {options} tmpfs {tmp_path}/disk && exec {sys.executable} {tmp_path}/code.py {tmp_path}/disk"
+    script = (
+        f"mount -t tmpfs -o {options} tmpfs {tmp_path}/disk && exec {sys.executable} {tmp_path}/code.py {tmp_path}/disk"
+    )
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True)
     if "unshare:" in done.stderr or "mount:" in done.stderr:
         pytest.skip("this user may not mount a file system")
@@ -263,9 +265,9 @@ def test_places_where_nothing_can_be_written(tmp_path, monkeypatch, make):
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "closed"))
 
     monkeypatch.setattr(Path, "mkdir", denied)
-    with pytest.raises(UserError, match=r"closed/x' cannot be written \(Permission denied\)"):
-        with make(tmp_path / "closed" / "x"):
-            pass
+    message = r"closed/x' cannot be written \(Permission denied\)"
+    with pytest.raises(UserError, match=message), make(tmp_path / "closed" / "x"):
+        pass
     assert os.listdir(tmp_path) == ["file"]
 
 
@@ -289,9 +291,9 @@ def test_a_second_run_is_told_who_holds_the_folder_until_it_dies(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"Another run writes to .*pid {holder.pid} on host '.+', since 2"):
-            with run_lock(tmp_path / "out"):
-                pass
+        message = f"Another run writes to .*pid {holder.pid} on host '.+', since 2"
+        with pytest.raises(UserError, match=message), run_lock(tmp_path / "out"):
+            pass
     finally:
         holder.kill()
         holder.wait()

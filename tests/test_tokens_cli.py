@@ -72,6 +72,34 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(here, capsys, more, messag
     assert not (here / "bad").exists()
 
 
+@pytest.mark.parametrize("there", ["notes.txt", "settings.json"])
+def test_others_folders_are_refused_before_any_work(here, tmp_path, capsys, there):
+    for name in ("proj", "work"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / there).write_text("precious")
+    (tmp_path / "work" / "notes.txt").write_text("precious")
+    template = ["tokens", "from-templates", "--tokenizer", f"{here}/aligned", "--output", f"{tmp_path}/proj"]
+    download = ["tokens", "download", "nobody/nothing", "--output", f"{tmp_path}/proj"]
+    assert cli.main(template) == cli.main(download) == 1
+    assert compute(here, "s", "--output", f"{tmp_path}/proj") == 1
+    assert compute(here, "s", "--output", f"{tmp_path}/new", "--work-dir", f"{tmp_path}/work") == 1
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 4 and all("was not written by this command" in error for error in errors)
+    assert not (tmp_path / "new").exists()
+    for name in ("proj", "work"):
+        assert (tmp_path / name / there).read_text() == "precious" == (tmp_path / "work" / "notes.txt").read_text()
+
+
+def test_a_finished_work_folder_loses_its_own_files_only(tmp_path):
+    from pact_tune.identification import remove_work_dir
+
+    for name in ("settings.json", "responses-harmful-00001.json", "sums-harmful-base-0-of-1.safetensors", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".settings.json.0123456789abcdef.pact.partial").write_text("x")
+    remove_work_dir(tmp_path)
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
 def test_show_plots_and_covers(here, tmp_path, capsys):
     assert cli.main(["tokens", "show", f"{here}/s", "--plot", f"{tmp_path}/s.png"]) == 0
     tokens, out = SafetyTokens.load(here / "s"), capsys.readouterr().out

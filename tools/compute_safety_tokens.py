@@ -7,11 +7,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from pact_tune import cli
+from pact_tune import cli, log
 from pact_tune.distributed import finish
 from pact_tune.errors import UserError
-from pact_tune.identification import PRESETS, identify_safety_tokens, remove_work_dir
+from pact_tune.identification import PRESETS, check_work_dir, identify_safety_tokens, remove_work_dir
 from pact_tune.prompts import column, read_prompts
+from pact_tune.safety_tokens import check_output
 
 # Both sets are gated: accept their terms on the Hub, and log in.
 PROMPT_SETS: dict[str, dict[str, Any]] = {
@@ -79,6 +80,10 @@ def main(argv: list[str] | None = None) -> int | None:
         argv (list[str] | None): arguments; default: those of the process.
     """
     args = _parser().parse_args(argv)
+    work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
+    if log.rank() == 0:  # before any rank writes
+        check_output(args.output)
+        check_work_dir(work_dir)
     prompts, responses = _read_prompts(args)
     benign = None
     if args.benign_prompts:
@@ -87,7 +92,6 @@ def main(argv: list[str] | None = None) -> int | None:
     options = PRESETS[args.preset] | {name: vars(args)[name] for name in chosen if vars(args)[name] is not None}
     same = ("k", "temperature", "seed", "tokens_per_batch", "device", "device_map", "dtype", "leave_out_style")
     options |= {name: vars(args)[name] for name in (*same, "aligned_revision", "base_revision")}
-    work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
     tokens = identify_safety_tokens(
         args.aligned, args.base, prompts, responses=responses, benign_prompts=benign, work_dir=work_dir, **options
     )

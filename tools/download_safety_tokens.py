@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli, hub
-from pact_tune.safety_tokens import SafetyTokens
+from pact_tune.safety_tokens import SafetyTokens, check_output
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -20,9 +20,10 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--revision", help="branch, tag or commit")
     parser.add_argument("--output", metavar="DIR", type=Path, help="default: the model's name")
     args = parser.parse_args(argv)
+    output = args.output or Path(args.subfolder or args.source.split("/")[-1])
+    check_output(output)
     folder = hub.download(args.source, revision=args.revision, subfolder=args.subfolder)
     tokens = SafetyTokens.load(folder)
-    output = args.output or Path(args.subfolder or args.source.split("/")[-1])
     hub.save_copy(folder, output)
     print(
         f"{len(tokens)} safety tokens of {tokens.provenance.get('aligned_model', 'unknown model')} written to {output}"

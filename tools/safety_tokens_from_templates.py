@@ -8,7 +8,7 @@ from pact_tune import cli, hub
 from pact_tune.conversations import load_tokenizer
 from pact_tune.errors import UserError
 from pact_tune.prompts import column, read_prompts
-from pact_tune.safety_tokens import safety_tokens_from_templates
+from pact_tune.safety_tokens import check_output, safety_tokens_from_templates
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parser.parse_args(argv)
     if args.k is not None and args.k < 1:
         raise UserError(f"-k must be at least 1, not {args.k}.")
+    check_output(args.output)
     templates = column(read_prompts(args.templates), "prompt", args.templates) if args.templates else None
     known = hub.KNOWN.get(args.tokenizer.lower())
     tokens = safety_tokens_from_templates(load_tokenizer(known.aligned if known else args.tokenizer), templates)

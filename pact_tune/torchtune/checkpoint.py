@@ -20,7 +20,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune
 
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.files import atomic_folder
-from pact_tune.stamp import fingerprint, write_stamp
+from pact_tune.stamp import STAMP_FILE, fingerprint, write_stamp
 from pact_tune.torchtune import gemma2
 from pact_tune.torchtune.lora import LoRASpec
 
@@ -181,7 +181,7 @@ class HFCheckpointer:
             Path: the folder; it appears whole or not at all.
         """
         directory = self.output_dir / name
-        with atomic_folder(directory) as folder:
+        with atomic_folder(directory, marker=STAMP_FILE) as folder:
             if base is not None:
                 merged = self.to_hf(merge(base, adapter, spec))
                 self._write_model(folder, merged)
