@@ -5,14 +5,20 @@ Shapes: T = all response tokens of a batch, concatenated; K = safety tokens; C =
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 
+from pact_tune.config import Count, Natural, Number, Weight, check, refuse, settings
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.safety_tokens import Ranking, Weighting
 
+Temperature = Annotated[Number, Field(gt=0, le=1e3)]
+Threshold = Annotated[Number, Field(gt=0, le=1)]
+Slope = Annotated[Number, Field(ge=-1e6, le=1e6)]
+Decay = Annotated[float, Field(gt=0, allow_inf_nan=True, description="a number above 0, or .inf for no decay")]
 VOCABULARY = "vocabulary"  # k: every token is a safety token (the full-vocabulary KL of the paper's Table 5)
 
 
@@ -39,28 +45,23 @@ class PACTConfig:
         tau (float): tau of Eq. 8, in response positions; infinity switches the decay off.
     """
 
-    k: int | Literal["vocabulary"] | None = 50
+    k: Count | Literal["vocabulary"] | None = 50
     ranking: Ranking = "score"
     weighting: Weighting = "raw"
     tail: bool = False
-    temperature: float = 1.0
-    lambda_kl: float = 3.0
+    temperature: Temperature = 1.0
+    lambda_kl: Weight = 3.0
     response_only: bool = True
     response_only_bos: bool = True
     gate: bool = True
-    gate_threshold: float = 0.9
-    gate_slope: float = 1.0
-    gate_bias: float = 0.0
-    decay_start: int = 8
-    tau: float = 8.0
+    gate_threshold: Threshold = 0.9
+    gate_slope: Slope = 1.0
+    gate_bias: Slope = 0.0
+    decay_start: Natural = 8
+    tau: Decay = 8.0
 
     def __post_init__(self) -> None:
-        choices = {"ranking": ("score", "reference_probability"), "weighting": ("raw", "centred", "uniform")}
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise UserError(f"loss.{name} is '{getattr(self, name)}'; it must be one of: {', '.join(valid)}.")
-        if self.k is not None and self.k != VOCABULARY and not (isinstance(self.k, int) and self.k >= 1):
-            raise UserError(f"loss.k is {self.k!r}; it must be a whole number from 1, 'vocabulary', or null for all.")
+        refuse(check(PACTConfig, dataclasses.asdict(self), "loss"))
         if self.tail and self.weighting != "uniform":
             raise UserError(
                 f"loss.tail goes with uniform weights only, and weighting is '{self.weighting}': set weighting: uniform, "
@@ -68,19 +69,9 @@ class PACTConfig:
             )
         if self.k == VOCABULARY and (self.tail or self.weighting != "uniform"):
             raise UserError("loss.k: vocabulary leaves no tail and has no scores: set tail: False, weighting: uniform.")
-        bounds = {
-            "temperature": self.temperature > 0,
-            "lambda_kl": self.lambda_kl >= 0,
-            "gate_threshold": 0 < self.gate_threshold <= 1,
-            "decay_start": self.decay_start >= 0,
-            "tau": self.tau > 0,
-        }
-        for name, holds in bounds.items():
-            if not holds:
-                raise UserError(f"loss.{name} is {getattr(self, name)}, which is out of its range.")
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> "PACTConfig":
+    def preset(cls, name: str, **overrides: Any) -> "PACTConfig":
         """A named set of values, single ones of which may be overridden.
 
         Args:
@@ -94,15 +85,11 @@ class PACTConfig:
             UserError: unknown preset, or a field that does not exist.
         """
         if name not in PRESETS:
-            raise unknown_key(name, PRESETS, "loss.preset")
-        fields = {field.name for field in dataclasses.fields(cls)}
-        for key in overrides:
-            if key not in fields:
-                raise unknown_key(key, fields, "section 'loss'")
-        return cls(**(PRESETS[name] | overrides))
+            raise unknown_key(str(name), PRESETS, "loss.preset")
+        return cls(**(PRESETS[name] | settings(cls, overrides, "loss")))
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "official": {
         "ranking": "reference_probability",

@@ -16,11 +16,12 @@ The training loop knows this interface and no names:
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from pact_tune.config import Fields, PathText, Text, Weight
 from pact_tune.errors import UserError
 from pact_tune.head import Columns, Readout
 from pact_tune.hub import NotPublishedError
@@ -246,12 +247,12 @@ def sft() -> SFT:
 
 
 def pact(
-    safety_tokens: str | None = None,
-    preset: str = "paper",
-    revision: str | None = None,
-    subfolder: str | None = None,
+    safety_tokens: Text | None = None,
+    preset: Literal["paper", "official", "tail"] = "paper",
+    revision: Text | None = None,
+    subfolder: PathText | None = None,
     template_fallback: bool = False,
-    **overrides: Any,
+    **overrides: Annotated[Any, Fields(PACTConfig)],
 ) -> SFT:
     """PACT, or plain SFT when lambda_kl is 0: no reference is run then, and the numbers are the same bit for bit.
 
@@ -276,10 +277,10 @@ def pact(
 
 
 def str_(
-    safety_tokens: str,
-    lambda_str: float = 0.1,
-    revision: str | None = None,
-    subfolder: str | None = None,
+    safety_tokens: Text,
+    lambda_str: Weight = 0.1,
+    revision: Text | None = None,
+    subfolder: PathText | None = None,
     template_fallback: bool = False,
 ) -> SFT:
     """STR (our reading), or plain SFT when lambda_str is 0.

@@ -44,7 +44,7 @@ from pact_tune.objectives import Reference
 from pact_tune.reference_cache import ReferenceCache, batches_of, shards_of
 from pact_tune.stamp import data_fingerprint, fingerprint
 from pact_tune.torchtune import lora
-from pact_tune.torchtune.config import complete, register_resolvers, resolve_argv
+from pact_tune.torchtune.config import read_command_line
 from pact_tune.torchtune.model import Decoder
 from pact_tune.version import __version__
 
@@ -77,13 +77,6 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             self.dtype = training.get_dtype(cfg.dtype, device=self.device)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"dtype: {cfg.dtype} cannot be used here: {error}") from error
-        if self.dtype is torch.float16:
-            raise UserError("dtype fp16 is not supported: use bf16 or fp32.")
-        if cfg.enable_activation_offloading:
-            raise UserError(
-                "enable_activation_offloading is not supported: the loss takes the gradient of the output head inside the "
-                "forward, where torchtune's offloading allows no backward; use enable_activation_checkpointing, or QLoRA."
-            )
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self.output_dir = Path(cfg.output_dir)
         self.global_step = 0
@@ -597,28 +590,18 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             self.logger.close()
 
 
-@config.parse
-def recipe_main(cfg: DictConfig) -> str | None:
-    """Runs the recipe; see `pact ls` for its configs.
-
-    Returns:
-        str | None: the message of a user error, which ends the process with exit code 1.
-    """
-    return run(cfg, PACTLoRAFinetuneRecipe.train)
-
-
-def run(cfg: DictConfig, work: Callable[[PACTLoRAFinetuneRecipe], None]) -> str | None:
+def run(argv: Sequence[str], work: Callable[[PACTLoRAFinetuneRecipe], None]) -> str | None:
     """Sets the recipe up, on one process or on those that torchrun started, and does some work with it.
 
     Args:
-        cfg (DictConfig): as the user wrote it.
+        argv (Sequence[str]): the command line, see :func:`pact_tune.torchtune.config.read_command_line`.
         work (Callable): is given the recipe.
 
     Returns:
         str | None: the message of a user error. With several processes a success does not return: it ends the process.
     """
     try:
-        cfg = complete(cfg)
+        cfg = read_command_line(argv)
         if training.is_distributed():
             backend = "gloo" if cfg.device == "cpu" else "cuda:nccl,cpu:gloo"
             dist.init_process_group(backend)
@@ -637,13 +620,8 @@ def run(cfg: DictConfig, work: Callable[[PACTLoRAFinetuneRecipe], None]) -> str 
 
 
 def main() -> None:
-    """Entry point of `tune run pact_lora_finetune`: takes the name of a shipped config as well as a path."""
-    register_resolvers()
-    try:
-        sys.argv = resolve_argv(sys.argv)
-    except UserError as error:
-        sys.exit(f"pact_lora_finetune: {error}")
-    recipe_main()
+    """Entry point of `tune run pact_lora_finetune`; ends the process."""
+    sys.exit(run(sys.argv[1:], PACTLoRAFinetuneRecipe.train))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pact_tune import cli, hub
 from pact_tune.tools.configs import check, load, memory
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.checkpoint import HFCheckpointer
-from pact_tune.torchtune.config import config_names, find_config
+from pact_tune.torchtune.config import config_names, find_config, method_names
 from pact_tune.torchtune.memory import GIB
 
 NAMES = [name for name in config_names() if not name.startswith("demo/")]
@@ -78,7 +78,7 @@ def nf4_once_a_shape(monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path):
-    cfg = load(find_config(name))
+    cfg = load(name)
     model = check(cfg)
     sizes, config = PUBLISHED[name.split("_pact")[0]]
     config = config | dict(zip(SIZES, sizes, strict=True))
@@ -106,7 +106,7 @@ def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path)
 def test_the_papers_settings_are_the_default_of_all_configs():
     assert {name.split("_pact")[0] for name in NAMES} == PUBLISHED.keys()
     for name in NAMES:
-        cfg = load(find_config(name))
+        cfg = load(name)
         assert (cfg.optimizer._component_, cfg.epochs, cfg.batch_size) == ("torch.optim.AdamW", 3, 2)
         assert (cfg.loss.preset, cfg.loss.k, cfg.loss.lambda_kl) == ("paper", 50, 3.0)
         if not name.endswith("_full"):
@@ -126,7 +126,7 @@ def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
     assert cli.main(["cp", "qwen2_5/0.5B_pact_lora", "mine.yaml", "-n"]) == 0
     assert (tmp_path / "mine.yaml").read_text() == "changed"
     assert cli.main(["cp", "pact_lora_finetune", "new/recipe.py", "--make-parents"]) == 0
-    assert "recipe_main" in (tmp_path / "new" / "recipe.py").read_text()
+    assert "class PACTLoRAFinetuneRecipe" in (tmp_path / "new" / "recipe.py").read_text()
     assert cli.main(["cp", "pact_lora_finetune", "nowhere/recipe.py"]) == 1
     capsys.readouterr()
     assert cli.main(["cp", "qwen2_5/0.5B_pact_lora", "."]) == 0
@@ -140,9 +140,9 @@ def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
     ("overrides", "words"),
     [
         (["bacth_size=3"], "did you mean 'batch_size'"),
-        (["model.lora_rank=0"], "lora_rank must be at least 1"),
+        (["model.lora_rank=0"], "model.lora_rank is 0; it must be a whole number from 1"),
         (["model.lora_attn_modules=[qproj]"], "did you mean 'q_proj'"),
-        (["optimizer.lr=-1"], "Section 'optimizer' cannot be built"),
+        (["optimizer.lr=-1"], "optimizer.lr is -1; it must be a number above 0"),
         (["loss.lambda_kl=-1"], "lambda_kl"),
         (["shuffle=False", "batch_by_length=True"], "shuffle: False keeps the order of the data"),
         (["output_dir=${nowhere}"], "nowhere"),
@@ -184,3 +184,96 @@ def test_pact_run_is_tune_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
     assert cli.main(["run", "pact_lora_finetune", "--config", "demo/pact_lora"]) == 0
     assert seen == ["tune", "run", "pact_lora_finetune", "--config", "demo/pact_lora"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["epochs=0"], "epochs is 0; it must be a whole number from 1 to 10000."),
+        (["batch_size=-1"], "batch_size is -1; it must be a whole number from 1"),
+        (["max_steps_per_epoch=0"], "max_steps_per_epoch is 0; it must be a whole number from 1"),
+        (["clip_grad_norm=-1"], "clip_grad_norm is -1; it must be a number above 0"),
+        (["shuffle=abc"], "shuffle is 'abc'; it must be True or False."),
+        (["seed=null"], "seed is null; it must be a whole number from 0"),
+        (["optimizer.lr=abc"], "optimizer.lr is 'abc'; it must be a number above 0"),
+        (["optimizer.lr=1e9"], "optimizer.lr is 1000000000.0; it must be a number above 0 and at most 10."),
+        (["dtype=fp64"], "dtype is 'fp64'; it must be one of: bf16, fp32"),
+        (["device=gpu"], "device is 'gpu'; it must be cpu, cuda"),
+        (["loss.preset=null"], "loss.preset is null; it must be one of: paper, official, tail."),
+        (["loss.lambda_kl=.inf"], "loss.lambda_kl is inf; it must be a number from 0"),
+        (["loss.gate_slope=.nan"], "loss.gate_slope is nan; it must be a number"),
+        (["reference_cache=5"], "reference_cache is 5; it must be a section of keys, or null."),
+        (["~nosuch"], "Unknown key 'nosuch' in '~nosuch' (nothing to remove)"),
+        (["~model.lora_rnak"], "did you mean 'lora_rank'"),
+        (["epochs"], "'epochs' on the command line is no override"),
+        (["loss=os.path"], "loss._component_ 'os.path' is a module"),
+        (["loss=pact_tune.objectives.pcat"], "loss._component_ 'pact_tune.objectives.pcat' cannot be imported"),
+    ],
+)  # fmt: skip
+def test_values_are_typed_and_bounded(capsys, overrides, words):
+    assert cli.main(["validate", "demo/pact_lora", *overrides]) == 1
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") <= 3  # dataset.seed is ${seed}, and named too
+
+
+def test_validate_lists_everything_at_once(capsys):
+    assert cli.main(["validate", "demo/pact_lora", "epochs=0", "bacth_size=3", "optimizer.lr=.nan", "loss.kk=1"]) == 1
+    message = capsys.readouterr().err
+    assert "4 things are wrong" in message and message.count("\n") == 5
+    for words in ("epochs is 0", "did you mean 'batch_size'", "optimizer.lr is nan", "Unknown key 'kk'"):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"- 1\n- 2\n", "must hold keys with values"),
+        (b"epochs: 1\nepochs: 2\n", "found duplicate key epochs"),
+        (b"epochs: \xff\n", "is not text in UTF-8"),
+        (b"model: [\n", "is not valid YAML"),
+        (b"", "lacks the key 'output_dir'"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, capsys, content, words):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    assert cli.main(["validate", str(tmp_path / "mine.yaml")]) == 1
+    message = capsys.readouterr().err
+    assert words in message and "Traceback" not in message
+
+
+def test_overrides_of_the_command_line():
+    cfg = load("demo/pact_lora", ["output_dir=runs/lr=3/a", "optimizer=torch.optim.SGD", "~optimizer.weight_decay"])
+    assert cfg.output_dir == "runs/lr=3/a" and cfg.metric_logger.log_dir == "runs/lr=3/a/logs"
+    assert cfg.optimizer == {"_component_": "torch.optim.SGD", "lr": 2e-3}
+    for word in ("lr_scheduler=null", "lr_scheduler=None", "~lr_scheduler"):
+        assert load("demo/pact_lora", [word]).lr_scheduler is None
+    assert load("demo/pact_lora", ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_goes_over_every_kind_of_config(tmp_path, monkeypatch, capsys, method):
+    monkeypatch.chdir(tmp_path)
+    base = load("demo/pact_lora")
+    for name in ("demo/pact_lora", "qwen2_5/0.5B"):
+        cfg = load(name, methods=[method])
+        assert method in cfg.output_dir and cfg.checkpointer.output_dir == cfg.output_dir
+        if "safety_tokens" in cfg.loss:
+            assert cfg.loss.safety_tokens == load(name).loss.safety_tokens
+        assert cli.main(["cp", name, f"{method}.yaml", "--method", method]) == 0
+        assert load(tmp_path / f"{method}.yaml") == cfg
+    assert load("demo/pact_lora", ["output_dir=here"], [method]).output_dir == "here"
+    assert load("demo/pact_lora").loss == base.loss  # the base is as it was
+    capsys.readouterr()
+    assert cli.main(["validate", "demo/pact_lora", "--method", method, "epochs=2"]) == 0
+    assert cli.main(["ls"]) == 0 and f"\n{method} " in capsys.readouterr().out
+
+
+def test_another_component_starts_its_section_anew():
+    cfg = load("demo/pact_lora", methods=["str"])
+    assert set(cfg.loss) == {"_component_", "safety_tokens", "lambda_str"}
+    assert set(load("demo/pact_lora", methods=["sft"]).loss) == {"_component_"}
+
+
+def test_a_method_that_is_not_there(capsys):
+    assert cli.main(["validate", "demo/pact_lora", "--method", "pact_tial"]) == 1
+    assert "did you mean 'pact_tail'" in capsys.readouterr().err

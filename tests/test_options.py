@@ -89,3 +89,17 @@ def test_more_processes_than_rows(workspace, tmp_path):
     process = tune_run_processes(workspace, *arguments, processes=2)
     assert process.returncode != 0
     assert process.stderr.count("has 1 row(s), fewer than the 2 processes") == 1
+
+
+def test_a_method_and_all_that_is_wrong_with_a_run(workspace, tmp_path, monkeypatch):
+    out = f"output_dir={tmp_path}/lr=1"  # the value holds an "="
+    assert (
+        tune_run(monkeypatch, workspace, "--method", "sft", out, "max_steps_per_epoch=1", "lr_scheduler=null") is None
+    )
+    assert (tmp_path / "lr=1" / "epoch_0" / "pact.json").is_file()
+    message = tune_run(monkeypatch, workspace, out, "epochs=0", "loss.lambda_kl=.nan", "shuffle=abc")
+    assert "3 things are wrong" in message and not (tmp_path / "epoch_0").exists()
+    for words in ("epochs is 0", "loss.lambda_kl is nan", "shuffle is 'abc'"):
+        assert words in message
+    assert "is no override" in tune_run(monkeypatch, workspace, "epochs")
+    assert "Unknown option '--epochs=3'" in tune_run(monkeypatch, workspace, "--epochs=3")

@@ -116,24 +116,16 @@ def _matching(root: Path, name: str) -> list[Summary]:
 def _build(name: str, overrides: list[str]) -> int:
     """Sets the recipe up, which fills the cache; on several processes: `torchrun ... -m pact_tune.tools.cache build`."""
     import pact_lora_finetune  # the recipe's imports take seconds that the other commands need not wait
-    from omegaconf import DictConfig, OmegaConf
-    from torchtune import config
 
-    from pact_tune.torchtune.config import register_resolvers, resolve_argv
+    from pact_tune.torchtune.config import read_command_line
 
-    register_resolvers()
-    sys.argv = resolve_argv(["pact cache build", "--config", name, *overrides])
-
-    def fill(cfg: DictConfig) -> str | None:
-        if "reference_cache" in cfg and cfg.reference_cache is None:
-            return (
-                "pact cache build: the config sets reference_cache: null, so a run would not read it: remove that line."
-            )
-        cfg = OmegaConf.merge(cfg, {"reference_cache": {"lazy": False}})
-        return pact_lora_finetune.run(cfg, lambda recipe: None)
-
-    config.parse(fill)()  # parses a recipe's command line, and ends with sys.exit
-    return 0
+    argv = ["--config", name, *overrides]
+    if read_command_line(argv).reference_cache is None:
+        raise UserError("The config sets reference_cache: null, so a run would not read it: remove that line.")
+    message = pact_lora_finetune.run([*argv, "reference_cache.lazy=False"], lambda recipe: None)
+    if message:
+        print(message, file=sys.stderr)
+    return int(message is not None)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,33 @@
 """`pact ls | cp | run | validate`: the recipe's configs, listed, copied, run and checked as `tune` does with its own."""
 
 import argparse
-import inspect
-import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torchtune import config, training
 from torchtune._cli import tune
-from torchtune.config._utils import _get_component_from_path
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+from pact_tune.config import refuse
 from pact_tune.errors import UserError
+from pact_tune.files import atomic_file
 from pact_tune.torchtune import lora
-from pact_tune.torchtune.config import complete, config_names, find_config, register_resolvers
+from pact_tune.torchtune.config import (
+    add_arguments,
+    complete,
+    compose,
+    config_names,
+    find_config,
+    find_method,
+    method_names,
+)
 from pact_tune.torchtune.memory import GIB, estimate_memory
 
 RECIPE = "pact_lora_finetune"
-# What the recipe itself hands to a component beside the config's keys.
-GIVEN = {
-    "dataset": ("tokenizer",),
-    "optimizer": ("params",),
-    "lr_scheduler": ("optimizer", "num_training_steps", "last_epoch"),
-}
 DEFAULT_TOKENS = 2048  # row length for the memory estimate of a config without dataset.max_seq_len
 
 
@@ -53,14 +54,25 @@ def main(argv: list[str]) -> int:
     copy_parser = commands.add_parser("cp", help="copy a config, or the recipe, to edit it")
     copy_parser.add_argument("name", help=f"a name that `pact ls` lists, or {RECIPE}")
     copy_parser.add_argument("destination", type=Path)
+    copy_parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="lay a method over the config, and write the result",
+    )
     copy_parser.add_argument("-n", "--no-clobber", action="store_true", help="leave a file that is there already")
     copy_parser.add_argument("--make-parents", action="store_true", help="make the destination's folder")
     copy_parser.set_defaults(run=_copy)
     validate_parser = commands.add_parser("validate", help="check a config; no data or weights are read")
     validate_parser.add_argument("name", help="a name that `pact ls` lists, or a path")
-    validate_parser.add_argument("overrides", nargs="*", help="key=value, as for `tune run`")
-    validate_parser.set_defaults(run=_validate)
-    args = parser.parse_args(argv)
+    add_arguments(validate_parser)
+    validate_parser.set_defaults(run=_validate, overrides=[])
+    args, rest = parser.parse_known_args(argv)
+    if rest and (args.run is not _validate or rest[0].startswith("-")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.run is _validate:
+        args.overrides += rest  # overrides that stand after an option
     args.run(args)
     return 0
 
@@ -69,9 +81,19 @@ def _list(args: argparse.Namespace) -> None:
     print(f"{'RECIPE':<24} CONFIG")
     for i, name in enumerate(config_names()):
         print(f"{RECIPE if i == 0 else '':<24} {name}")
+    print("\nMETHOD (--method NAME lays one over any config)")
+    for name in method_names():
+        print(f"{name:<24} {_title(find_method(name))}")
+
+
+def _title(file: Path) -> str:
+    """The first line of a file's comment."""
+    return file.read_text().splitlines()[0].lstrip("# ")
 
 
 def _copy(args: argparse.Namespace) -> None:
+    if args.name == RECIPE and args.method:
+        raise UserError(f"--method lays a method over a config, and {RECIPE} is the recipe: name a config.")
     source = _recipe_file() if args.name == RECIPE else find_config(args.name)
     destination: Path = args.destination
     if destination.is_dir():
@@ -80,12 +102,25 @@ def _copy(args: argparse.Namespace) -> None:
     if args.no_clobber and destination.exists():
         print(f"{destination} exists and is left as it is.")
         return
+    text = _merged(args.name, args.method) if args.method else source.read_text()
     if args.make_parents:
         destination.parent.mkdir(parents=True, exist_ok=True)
     if not destination.parent.is_dir():
         raise UserError(f"There is no folder '{destination.parent}': make it, or use --make-parents.")
-    shutil.copyfile(source, destination)
-    print(f"Copied {args.name} to {destination}")
+    with atomic_file(destination) as file:
+        file.write_text(text)
+    print(f"Copied {' with '.join([args.name, *args.method])} to {destination}")
+
+
+def _merged(name: str, methods: Sequence[str]) -> str:
+    """The text of a config with methods laid over it; a merge keeps no comments but those of the methods."""
+    comments = [line for method in methods for line in find_method(method).read_text().splitlines() if line[:1] == "#"]
+    header = [
+        f"# {name} with the method {', '.join(methods)}; what the keys mean: `pact cp {name} FILE`.",
+        "#",
+        *comments,
+    ]
+    return "\n".join(header) + "\n\n" + OmegaConf.to_yaml(compose(name, methods))
 
 
 def _recipe_file() -> Path:
@@ -95,8 +130,7 @@ def _recipe_file() -> Path:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    register_resolvers()
-    cfg = load(find_config(args.name), args.overrides)
+    cfg = load(args.name, args.overrides, args.method)
     model = check(cfg)
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -107,33 +141,25 @@ def _validate(args: argparse.Namespace) -> None:
         print(f"GPU memory for rows of {_tokens(cfg)} tokens, estimated by formula: {', '.join(sizes)}.")
 
 
-def load(path: Path, overrides: list[str] = ()) -> DictConfig:
-    """A complete config.
+def load(name: str | Path, overrides: Sequence[str] = (), methods: Sequence[str] = ()) -> DictConfig:
+    """A complete config, as the recipe reads it.
 
     Args:
-        path (Path): YAML file.
-        overrides (list[str]): "key=value".
+        name (str | Path): name or path.
+        overrides (Sequence[str]): "key=value" or "~key".
+        methods (Sequence[str]): names or paths of overlays.
 
     Returns:
-        DictConfig: with every default filled in.
+        DictConfig: checked, with every default filled in.
 
     Raises:
-        UserError: not YAML, a wrong key, or a reference to a key that is not there.
+        UserError: everything that is wrong with it.
     """
-    try:
-        cfg = complete(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))))
-        OmegaConf.resolve(cfg)
-    except UserError:
-        raise
-    except (OmegaConfBaseException, ValueError, OSError) as error:
-        raise UserError(f"The config '{path}' cannot be read: {str(error).splitlines()[0]}") from error
-    except Exception as error:  # YAML's own exceptions
-        raise UserError(f"The config '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
-    return cfg
+    return complete(compose(str(name), methods, overrides))
 
 
 def check(cfg: DictConfig) -> nn.Module:
-    """Builds every component that needs no data: the model, optimizer and loss for real, the others by signature.
+    """Builds every component that needs no data: the model, the loss and the optimizer.
 
     Args:
         cfg (DictConfig): a complete config.
@@ -142,22 +168,43 @@ def check(cfg: DictConfig) -> nn.Module:
         nn.Module: the model, on the meta device.
 
     Raises:
-        UserError: names the section that cannot be built.
+        UserError: everything that cannot be built.
     """
-    for name, section in cfg.items():
-        if OmegaConf.is_dict(section) and "_component_" in section:
-            _check_arguments(str(name), section)
+    problems: list[str] = []
+    model = _built(problems, lambda: _model(cfg))
+    _built(problems, lambda: config.instantiate(cfg.loss))
+    if model is not None:
+        _built(problems, lambda: _optimizer(cfg, model))
+    refuse(problems)
+    return model
+
+
+def _built(problems: list[str], build: Callable[[], nn.Module | None]) -> nn.Module | None:
+    """What ``build`` returns; None, and the reason added to ``problems``, where it cannot be built."""
+    try:
+        return build()
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _model(cfg: DictConfig) -> nn.Module:
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu"))
     with training.set_default_dtype(dtype), torch.device("meta"):
         model = lora.build(cfg.model)
     if lora.modules(model):
         set_trainable_params(model, get_adapter_params(model))
-    config.instantiate(cfg.loss)
-    try:
-        config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"Section 'optimizer' cannot be built: {error}") from error
     return model
+
+
+def _optimizer(cfg: DictConfig, model: nn.Module) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        optimizer = config.instantiate(cfg.optimizer, trained)
+        if cfg.lr_scheduler is not None:
+            config.instantiate(cfg.lr_scheduler, optimizer, num_training_steps=1, last_epoch=-1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"Section 'optimizer' or 'lr_scheduler' cannot be built: {error}") from error
 
 
 def memory(cfg: DictConfig, model: nn.Module, processes: int = 1) -> float:
@@ -167,15 +214,3 @@ def memory(cfg: DictConfig, model: nn.Module, processes: int = 1) -> float:
 
 def _tokens(cfg: DictConfig) -> int:
     return cfg.dataset.get("max_seq_len") or DEFAULT_TOKENS
-
-
-def _check_arguments(name: str, section: DictConfig) -> None:
-    """Raises UserError when a component lacks an argument that it must have."""
-    parameters = inspect.signature(_get_component_from_path(section["_component_"])).parameters
-    for key, parameter in parameters.items():
-        needed = parameter.default is parameter.empty and parameter.kind not in (
-            parameter.VAR_POSITIONAL,
-            parameter.VAR_KEYWORD,
-        )
-        if needed and key not in section and key not in GIVEN.get(name, ()):
-            raise UserError(f"Section '{name}' lacks the key '{key}', which {section['_component_']} must be given.")

@@ -1,57 +1,34 @@
-"""The recipe's configs: found by name, and checked to the last key before anything is loaded."""
+"""The recipe's configs: found by name, composed with methods and overrides, and checked before anything is loaded."""
 
-import inspect
+import argparse
+import importlib
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from torchtune.config._errors import InstantiationError
-from torchtune.config._utils import _get_component_from_path
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 import pact_tune.configs
 import pact_tune.demo
+from pact_tune.config import RecipeSettings, ReferenceCacheSettings, Section, check, defaults, parameters, refuse
 from pact_tune.errors import UserError, unknown_key
-from pact_tune.reference_cache import check_options
 
 CONFIG_ROOT = Path(pact_tune.configs.__file__).parent
-
-REQUIRED = (
-    "output_dir",
-    "tokenizer",
-    "model",
-    "checkpointer",
-    "dataset",
-    "loss",
-    "optimizer",
-    "batch_size",
-    "epochs",
-    "device",
-    "dtype",
-    "metric_logger",
-)
-# Keys that a config may leave out, and what they then are.
-DEFAULTS: dict[str, Any] = {
-    "checkpoint_dir": None,  # read by other keys as ${checkpoint_dir}, not by the recipe
-    "resume_from_checkpoint": False,
-    "seed": 0,
-    "shuffle": True,
-    "batch_by_length": True,
-    "gradient_accumulation_steps": 1,
-    "max_steps_per_epoch": None,
-    "clip_grad_norm": None,
-    "lr_scheduler": None,
-    "reference_cache": {"directory": None, "dtype": "float16", "max_gb": None, "lazy": False},
-    "packed": False,
-    "enable_activation_checkpointing": False,
-    "enable_activation_offloading": False,
-    "compile": False,
-    "fsdp_reshard_after_forward": True,
-    "log_every_n_steps": 1,
-    "log_peak_memory_stats": False,
-    "save_every_n_steps": None,
-    "save_adapter_weights_only": False,
+METHOD_ROOT = CONFIG_ROOT / "methods"
+SUFFIX = "_pact_lora"  # what may be left out of a config's name: "qwen2_5/7B" is "qwen2_5/7B_pact_lora"
+# What the recipe itself hands to a component beside the config's keys.
+GIVEN = {
+    "loss": ("context",),
+    "dataset": ("tokenizer",),
+    "optimizer": ("params",),
+    "lr_scheduler": ("optimizer", "num_training_steps", "last_epoch"),
 }
+# Keys of section 'loss' that belong to the model and not to the method: another method keeps them.
+OF_THE_MODEL = ("safety_tokens", "revision", "subfolder", "template_fallback")
 
 
 def register_resolvers() -> None:
@@ -59,16 +36,25 @@ def register_resolvers() -> None:
     OmegaConf.register_resolver("demo", lambda name: str(pact_tune.demo.demo_family_path() / name), replace=True)
 
 
+# Names -----------------------------------------------------------------------------------------------------------------
+
+
 def config_names() -> list[str]:
     """Names of the shipped configs, as `--config` takes them."""
-    return sorted(str(path.relative_to(CONFIG_ROOT).with_suffix("")) for path in CONFIG_ROOT.rglob("*.yaml"))
+    files = (path for path in CONFIG_ROOT.rglob("*.yaml") if METHOD_ROOT not in path.parents)
+    return sorted(str(path.relative_to(CONFIG_ROOT).with_suffix("")) for path in files)
+
+
+def method_names() -> list[str]:
+    """Names of the shipped methods, as `--method` takes them."""
+    return sorted(path.stem for path in METHOD_ROOT.glob("*.yaml"))
 
 
 def find_config(name: str) -> Path:
     """The file of a config.
 
     Args:
-        name (str): a path, or the name of a shipped config; a file of that path wins.
+        name (str): a path, or the name of a shipped config, with or without "_pact_lora"; a file of that path wins.
 
     Returns:
         Path: the YAML file.
@@ -78,21 +64,199 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    shipped = CONFIG_ROOT / f"{name.removesuffix('.yaml')}.yaml"
-    if shipped.is_file():
-        return shipped
+    plain = name.removesuffix(".yaml")
+    for shipped in (plain, plain + SUFFIX):
+        if shipped in config_names():
+            return CONFIG_ROOT / f"{shipped}.yaml"
     raise unknown_key(name, config_names(), "--config (no such file, and no shipped config of that name)")
 
 
-def resolve_argv(argv: list[str]) -> list[str]:
-    """A recipe's command line with the name after `--config` replaced by the file's path."""
-    argv = list(argv)
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            argv[i + 1] = str(find_config(argv[i + 1]))
-        elif word.startswith("--config="):
-            argv[i] = f"--config={find_config(word.removeprefix('--config='))}"
-    return argv
+def find_method(name: str) -> Path:
+    """The file of a method's overlay: a path, or the name of a shipped method.
+
+    Raises:
+        UserError: neither a file nor a name; names the nearest.
+    """
+    if name in method_names():
+        return METHOD_ROOT / f"{name}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    raise unknown_key(name, method_names(), "--method (no shipped method of that name, and no such file)")
+
+
+# Composition -----------------------------------------------------------------------------------------------------------
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """The keys of a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, has a key twice, or holds no keys.
+    """
+    try:
+        cfg = OmegaConf.load(path)
+    except YAMLError as error:
+        raise UserError(f"The config '{path}' is not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The config '{path}' is not text in UTF-8 (byte {error.start}): save it as UTF-8.") from error
+    except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"The config '{path}' cannot be read: {_first_line(error)}") from error
+    if not OmegaConf.is_dict(cfg):
+        raise UserError(f"The config '{path}' must hold keys with values (epochs: 3), and holds something else.")
+    return cfg
+
+
+def compose(config: str, methods: Sequence[str] = (), overrides: Sequence[str] = ()) -> DictConfig:
+    """A config with methods laid over it, then overrides; nothing is checked yet.
+
+    Args:
+        config (str): name or path.
+        methods (Sequence[str]): names or paths of overlays, the later over the earlier.
+        overrides (Sequence[str]): "key=value", or "~key" to remove one.
+
+    Returns:
+        DictConfig: as if one file had held it all.
+
+    Raises:
+        UserError: no such file or name, not YAML, or a word that is no override.
+    """
+    register_resolvers()
+    cfg = read_yaml(find_config(config))
+    for name in methods:
+        file = find_method(name)
+        cfg = lay_over(cfg, read_yaml(file), file.stem)
+    for word in overrides:
+        cfg = override(cfg, word)
+    return cfg
+
+
+def lay_over(cfg: DictConfig, overlay: DictConfig, method: str) -> DictConfig:
+    """A config with a method's few keys.
+
+    A section that names another ``_component_`` starts anew, since what the old one was told means nothing to the new
+    one, or worse, something else; of ``loss``, the keys that belong to the model stay. ``output_dir`` takes the
+    method's name, so that two methods do not write to one place.
+
+    Args:
+        cfg (DictConfig): the base.
+        overlay (DictConfig): the method's keys.
+        method (str): its name.
+
+    Returns:
+        DictConfig: both.
+    """
+    cfg = OmegaConf.create(cfg)
+    for name, section in overlay.items():
+        component = section.get("_component_") if OmegaConf.is_dict(section) else None
+        old = cfg.get(name)
+        if component and OmegaConf.is_dict(old) and old.get("_component_") != component:
+            kept = _of_the_model(old, component) if name == "loss" else {}
+            cfg[name] = OmegaConf.create(kept)
+    output = cfg.get("output_dir")
+    if isinstance(output, str) and "output_dir" not in overlay:
+        place = Path(output)
+        last = place.name.replace("pact", method, 1) if "pact" in place.name else f"{place.name}_{method}"
+        cfg.output_dir = str(place.with_name(last))
+    return OmegaConf.merge(cfg, overlay)
+
+
+def _of_the_model(old: DictConfig, component: str) -> dict[str, Any]:
+    known = parameters(find_component("loss", component))
+    content = OmegaConf.to_container(old)
+    return {key: content[key] for key in OF_THE_MODEL if key in content and (known is None or key in known)}
+
+
+def override(cfg: DictConfig, word: str) -> DictConfig:
+    """A config with one word of the command line.
+
+    Args:
+        cfg (DictConfig): before.
+        word (str): "key=value" (everything after the first "=" is the value), or "~key" to remove one. A section's name
+            with a text sets its ``_component_``, and with null removes it.
+
+    Returns:
+        DictConfig: after.
+
+    Raises:
+        UserError: the word is no override, or there is nothing to remove.
+    """
+    if word.startswith("~"):
+        return _without(cfg, word)
+    key, equals, value = word.partition("=")
+    if not equals or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise UserError(
+            f"'{word}' on the command line is no override: write key=value (epochs=3, optimizer.lr=1e-4), or ~key to remove one."
+        )
+    try:
+        change = OmegaConf.from_dotlist([f"{key}={'null' if value == 'None' else value}"])
+        section = _node(cfg, key)
+        names_component = OmegaConf.is_dict(section) and "_component_" in section
+        if names_component and isinstance(OmegaConf.to_container(change)[key], str):
+            change = OmegaConf.from_dotlist([f"{key}._component_={value}"])
+        return OmegaConf.merge(cfg, change)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"'{word}' on the command line cannot be read: {_first_line(error)}") from error
+
+
+def _node(cfg: DictConfig, key: str) -> Any:
+    """A top-level section as it is written; None where there is none."""
+    return cfg._get_node(key) if key in cfg else None
+
+
+def _without(cfg: DictConfig, word: str) -> DictConfig:
+    *parents, last = word[1:].split(".")
+    cfg = OmegaConf.create(cfg)
+    holder: Any = cfg
+    section: Any = cfg
+    for key in (*parents, last):
+        if not OmegaConf.is_dict(section) or key not in section:
+            known = map(str, section) if OmegaConf.is_dict(section) else ()
+            raise unknown_key(key, known, f"'{word}' (nothing to remove)")
+        holder, section = section, section._get_node(key)
+    del holder[last]
+    return cfg
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".") + "."
+
+
+# The command line ------------------------------------------------------------------------------------------------------
+
+
+def read_command_line(argv: Sequence[str]) -> DictConfig:
+    """The complete config that a recipe's command line asks for.
+
+    Args:
+        argv (Sequence[str]): ``--config NAME_OR_PATH [--method NAME_OR_PATH ...] [key=value ...] [~key ...]``.
+
+    Returns:
+        DictConfig: checked, see :func:`complete`.
+
+    Raises:
+        UserError: anything that is wrong with it.
+    """
+    parser = argparse.ArgumentParser(prog="tune run pact_lora_finetune", allow_abbrev=False)
+    add_arguments(parser)
+    parser.add_argument("--config", required=True, metavar="NAME", help="a name that `pact ls` lists, or a path")
+    args, rest = parser.parse_known_args(list(argv))
+    if flags := [word for word in rest if word.startswith("-")]:
+        raise UserError(
+            f"Unknown option '{flags[0]}': the recipe takes --config, --method, key=value and ~key (options of torchrun "
+            "stand before the recipe's name)."
+        )
+    return complete(compose(args.config, args.method, args.overrides + rest))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what the recipe and `pact validate` take beside a config."""
+    parser.add_argument(
+        "--method", action="append", default=[], metavar="NAME", help="a method that `pact ls` lists, or a path"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key; ~key removes one")
+
+
+# Checks ----------------------------------------------------------------------------------------------------------------
 
 
 def complete(cfg: DictConfig) -> DictConfig:
@@ -102,50 +266,106 @@ def complete(cfg: DictConfig) -> DictConfig:
         cfg (DictConfig): as the user wrote it, overrides included.
 
     Returns:
-        DictConfig: with every key of :data:`REQUIRED` and :data:`DEFAULTS`.
+        DictConfig: with every key of :class:`pact_tune.config.RecipeSettings`; references to other keys are resolved.
 
     Raises:
-        UserError: a key that nobody reads, one that is missing, or two that contradict each other.
+        UserError: everything that is wrong: keys that nobody reads, that are missing, that are not what they must be, or
+            that contradict each other.
     """
-    valid = (*REQUIRED, *DEFAULTS)
-    for key in cfg:
-        if key not in valid:
-            raise unknown_key(str(key), valid, "the config")
-    for key in REQUIRED:
-        if cfg.get(key) is None:
-            raise UserError(f"The config lacks the key '{key}': see a shipped config for what it holds (`pact ls`).")
-    for name, section in cfg.items():
-        if OmegaConf.is_dict(section) and "_component_" in section:
-            check_component(name, section)
-        elif name in ("tokenizer", "model", "checkpointer", "dataset", "loss", "optimizer", "metric_logger"):
-            raise UserError(f"Section '{name}' needs a _component_ that says what to build.")
-    if OmegaConf.is_dict(cache := cfg.get("reference_cache")):
-        for key in cache:
-            if key not in DEFAULTS["reference_cache"]:
-                raise unknown_key(str(key), DEFAULTS["reference_cache"], "section 'reference_cache'")
-    defaults = OmegaConf.create(DEFAULTS)
-    if "reference_cache" in cfg and cfg.reference_cache is None:
-        defaults.reference_cache = None  # null means no cache, not the default one
-    cfg = OmegaConf.merge(defaults, cfg)
-    if cfg.batch_by_length and not cfg.shuffle:
-        raise UserError(
+    values = _resolved(cfg)
+    problems = check(RecipeSettings, values)
+    for name, parameter in (parameters(RecipeSettings) or {}).items():
+        section = values.get(name)
+        if isinstance(section, dict) and parameter.annotation in (Section, Section | None):
+            problems += check_section(name, section)
+    cache = values.get("reference_cache")
+    if isinstance(cache, dict):
+        problems += check(ReferenceCacheSettings, cache, "reference_cache")
+    refuse(problems)
+    values = defaults(RecipeSettings) | values
+    if values["reference_cache"] is not None:
+        values["reference_cache"] = defaults(ReferenceCacheSettings) | values["reference_cache"]
+    refuse(contradictions(values))
+    return OmegaConf.create(values)
+
+
+def contradictions(values: dict[str, Any]) -> list[str]:
+    """Keys that are right one by one and wrong together, and what this recipe cannot do."""
+    problems = []
+    if values["batch_by_length"] and not values["shuffle"]:
+        problems.append(
             "shuffle: False keeps the order of the data, which batch_by_length: True changes: set batch_by_length: False too."
         )
-    if cfg.reference_cache is not None:
-        check_options(cfg.reference_cache.dtype, cfg.reference_cache.max_gb)
-    return cfg
+    if values["enable_activation_offloading"]:
+        problems.append(
+            "enable_activation_offloading is not supported: the loss takes the gradient of the output head inside the "
+            "forward, where torchtune's offloading allows no backward; use enable_activation_checkpointing, or QLoRA."
+        )
+    return problems
 
 
-def check_component(name: str, section: DictConfig) -> None:
-    """Raises UserError when a section names a component that does not exist, or a key that it does not take."""
-    sys.path.append(str(Path.cwd()))  # a component may live in the user's folder, as in torchtune
+def _resolved(cfg: DictConfig) -> dict[str, Any]:
+    """All keys as plain values, references to other keys resolved; each that leads nowhere is reported once."""
+    values: dict[str, Any] = {}
+    problems: dict[str, str] = {}
+    for key in sorted(cfg, key=lambda key: OmegaConf.is_config(cfg._get_node(key))):  # sections refer to plain keys
+        try:
+            value = cfg[key]
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            values[str(key)] = value
+        except (OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+            problems.setdefault(_first_line(error), str(key))
+    refuse(f"{key} cannot be resolved: {reason}" for reason, key in problems.items())
+    return {str(key): values[str(key)] for key in cfg}
+
+
+def find_component(name: str, path: Any) -> Callable[..., Any]:
+    """What a section's ``_component_`` names.
+
+    Args:
+        name (str): the section, for the message.
+        path (Any): dotted path of a class or function; it may lie in the user's folder, as in torchtune.
+
+    Returns:
+        Callable[..., Any]: the class or function.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)+", path):
+        raise UserError(f"{name}._component_ is {path!r}; it must be the dotted path of a class or function.")
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    parts = path.split(".")
+    found: Any = None
     try:
-        component = _get_component_from_path(section["_component_"])
-    except (InstantiationError, ValueError) as error:
-        raise UserError(f"{name}._component_ '{section['_component_']}' cannot be imported: {error}") from error
-    parameters = inspect.signature(component).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return  # takes any key, and checks them itself
-    for key in section:
-        if key != "_component_" and key not in parameters:
-            raise unknown_key(str(key), parameters, f"section '{name}'")
+        for i in range(len(parts) - 1, 0, -1):  # the longest part that is a module; the rest are attributes
+            try:
+                found = importlib.import_module(".".join(parts[:i]))
+            except ModuleNotFoundError as error:
+                if error.name is None or not ".".join(parts[:i]).startswith(error.name):
+                    raise  # the module is there and lacks something itself
+                continue
+            for part in parts[i:]:
+                found = getattr(found, part)
+            break
+        else:
+            raise UserError(f"{name}._component_ '{path}' cannot be imported: there is no module '{parts[0]}'.")
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{name}._component_ '{path}' cannot be imported: {_first_line(error)}") from error
+    if not callable(found):
+        raise UserError(f"{name}._component_ '{path}' is a {type(found).__name__}; it must be a class or function.")
+    return found
+
+
+def check_section(name: str, section: dict[str, Any]) -> list[str]:
+    """Everything that is wrong with a section that names a component."""
+    if "_component_" not in section:
+        return [f"Section '{name}' needs a _component_ that says what to build."]
+    try:
+        component = find_component(name, section["_component_"])
+    except UserError as error:
+        return [str(error)]
+    keys = {key: value for key, value in section.items() if key != "_component_"}
+    return check(component, keys, name, GIVEN.get(name, ()))

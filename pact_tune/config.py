@@ -1,0 +1,420 @@
+"""What a setting may be, stated once: types and bounds of every key, and one sentence for each value that is not right.
+
+A section of a config is checked against the *signature* of what takes it: a function, a class, or a dataclass that lists
+the keys. Whoever adds a key writes its type and its bounds where the key is defined, and nowhere else:
+
+    def builder(context, lambda_kl: Weight = 3.0, k: Count | None = None): ...
+
+The recipe's sections, an objective's settings in any trainer, and the recipe's own keys (:class:`RecipeSettings`) all go
+through :func:`check`. Values are taken as JSON is: "abc" is not true, 3.0 is not a whole number, and nothing is infinite.
+"""
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import re
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.errors import PydanticUndefinedAnnotation
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+from pact_tune.errors import UserError, unknown_key
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+SHOWN = 60  # characters of a value that a message repeats
+
+
+def _number_of_text(value: Any) -> Any:
+    """YAML readers other than OmegaConf's take 1e-3 for text."""
+    return float(value) if isinstance(value, str) and NUMBER.fullmatch(value) else value
+
+
+def _path(value: str) -> str:
+    if "\0" in value or any(len(part.encode()) > 255 for part in Path(value).parts):
+        raise ValueError("no file system has such a name")
+    return value
+
+
+# The types that keys are annotated with. Both ends are bounded: a number that no run can mean is a slip of the keyboard.
+Number = Annotated[float, BeforeValidator(_number_of_text)]
+Positive = Annotated[Number, Field(gt=0, le=1e9)]
+Weight = Annotated[Number, Field(ge=0, le=1e6)]  # of a term of the loss
+Fraction = Annotated[Number, Field(ge=0, le=1)]
+Dropout = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=100_000_000)]
+Natural = Annotated[int, Field(ge=0, le=100_000_000)]
+Size = Annotated[int, Field(ge=1, le=10_000_000)]  # of a network
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=10_000)]
+PathText = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=4_000),
+    AfterValidator(_path),
+    Field(description="the path of a file or folder"),
+]
+Section = Annotated[dict[str, Any], Field(description="a section with a _component_ that says what to build")]
+Keys = Annotated[dict[str, Any], Field(description="a section of keys")]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Says that a function's ``**settings`` are the fields of a dataclass: ``**settings: Annotated[Any, Fields(PACTConfig)]``."""
+
+    of: type
+
+
+# Parameters of other libraries (torch.optim, torchtune) by name: they annotate a type at best, and never a range.
+LIBRARY: dict[str, Any] = {
+    "lr": Annotated[Number, Field(gt=0, le=10)],
+    "weight_decay": Annotated[Number, Field(ge=0, le=10)],
+    "momentum": Dropout,
+    "betas": tuple[Dropout, Dropout],
+    "eps": Fraction,
+    "num_warmup_steps": Natural,
+    "num_cycles": Positive,
+    "lora_rank": Annotated[int, Field(ge=1, le=65_536)],
+    "lora_alpha": Positive,
+    "lora_dropout": Dropout,
+    "attn_dropout": Dropout,
+    "vocab_size": Size,
+    "num_layers": Annotated[int, Field(ge=1, le=1_000)],
+    "num_heads": Size,
+    "num_kv_heads": Size,
+    "head_dim": Size,
+    "embed_dim": Size,
+    "intermediate_dim": Size,
+    "max_seq_len": Size,
+    "norm_eps": Annotated[Number, Field(gt=0, le=1)],
+    "rope_base": Positive,
+    "scale_factor": Positive,
+    "log_dir": PathText,
+    "filename": PathText,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceCacheSettings:
+    """Section ``reference_cache``; see :class:`pact_tune.ReferenceCache`."""
+
+    directory: PathText | None = None
+    dtype: Literal["float16", "float32"] = "float16"
+    max_gb: Positive | None = None
+    lazy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeSettings:
+    """The recipe's own keys. Sections are checked against what their ``_component_`` names."""
+
+    output_dir: PathText
+    tokenizer: Section
+    model: Section
+    checkpointer: Section
+    dataset: Section
+    loss: Section
+    optimizer: Section
+    metric_logger: Section
+    batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
+    epochs: Annotated[int, Field(ge=1, le=10_000)]
+    device: Annotated[str, StringConstraints(pattern=r"^(cpu|mps|(cuda|xpu|npu)(:\d{1,3})?)$"), Field(description="cpu, cuda, xpu, npu or mps")]  # fmt: skip
+    dtype: Literal["bf16", "fp32"]
+    checkpoint_dir: PathText | None = None  # read by other keys as ${checkpoint_dir}, not by the recipe
+    resume_from_checkpoint: bool = False
+    seed: Seed = 0
+    shuffle: bool = True
+    batch_by_length: bool = True
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    max_steps_per_epoch: Count | None = None
+    clip_grad_norm: Positive | None = None
+    lr_scheduler: Section | None = None
+    reference_cache: Keys | None = dataclasses.field(
+        default_factory=lambda: dataclasses.asdict(ReferenceCacheSettings())
+    )
+    packed: bool = False
+    enable_activation_checkpointing: bool = False
+    enable_activation_offloading: bool = False
+    compile: bool = False
+    fsdp_reshard_after_forward: bool = True
+    log_every_n_steps: Count = 1
+    log_peak_memory_stats: bool = False
+    save_every_n_steps: Count | None = None
+    save_adapter_weights_only: bool = False
+
+
+class Parameter(NamedTuple):
+    """One key that something takes."""
+
+    annotation: Any
+    required: bool
+
+
+def parameters(component: Callable[..., Any]) -> dict[str, Parameter] | None:
+    """The keys that something takes, with their types.
+
+    Args:
+        component (Callable): a function, a class or a dataclass.
+
+    Returns:
+        dict[str, Parameter] | None: by name; None where it takes any key, or does not tell.
+    """
+    try:
+        signature = inspect.signature(component)
+    except (TypeError, ValueError):  # written in C
+        return None
+    hints = _hints(component)
+    ours = component.__module__.split(".")[0] == "pact_tune"
+    found: dict[str, Parameter] = {}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        annotation = hints.get(name, Any)
+        if parameter.kind is parameter.VAR_KEYWORD:
+            fields = [mark.of for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Fields)]
+            if not fields:
+                return None
+            found |= parameters(fields[0]) or {}
+            continue
+        if not ours and name in LIBRARY:
+            annotation = _bounded(annotation, LIBRARY[name])
+        found[name] = Parameter(annotation, parameter.default is parameter.empty)
+    return found
+
+
+def _hints(component: Callable[..., Any]) -> dict[str, Any]:
+    function = component.__init__ if inspect.isclass(component) else component  # type: ignore[misc]
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except (NameError, TypeError, AttributeError):  # annotations for type checkers alone
+        return {}
+
+
+def _bounded(annotation: Any, bounds: Any) -> Any:
+    """The bounds of a known name, with null where the library takes it."""
+    if (typing.get_origin(annotation) is tuple) != (typing.get_origin(bounds) is tuple):
+        return annotation  # one name for two things: eps of Adafactor is a pair
+    return bounds | None if type(None) in typing.get_args(annotation) else bounds
+
+
+def check(
+    component: Callable[..., Any], values: Mapping[str, Any], where: str = "", given: Iterable[str] = ()
+) -> list[str]:
+    """Everything that is wrong with a section.
+
+    Args:
+        component (Callable): what takes its keys; see :func:`parameters`.
+        values (Mapping[str, Any]): the keys, as YAML or JSON would hold them.
+        where (str): the section's name in the config; "" at the top.
+        given (Iterable[str]): parameters that do not come from the section.
+
+    Returns:
+        list[str]: a sentence each, which names the key and what it must be; empty when all is right.
+    """
+    known = parameters(component)
+    if known is None:
+        return []
+    known = {name: parameter for name, parameter in known.items() if name not in given}
+    place = f"section '{where}'" if where else "the config"
+    problems = [str(unknown_key(str(key), known, place)) for key in values if key not in known]
+    for name, parameter in known.items():
+        key = f"{where}.{name}" if where else name
+        if name not in values:
+            if parameter.required:
+                problems.append(
+                    f"{place[0].upper()}{place[1:]} lacks the key '{name}': it must be {describe(parameter.annotation)}."
+                )
+            continue
+        try:
+            convert(parameter.annotation, values[name])
+        except ValidationError:
+            problems.append(refusal(key, values[name], parameter.annotation))
+    return problems
+
+
+def settings(
+    component: Callable[..., Any], values: Mapping[str, Any], where: str = "", given: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The keys of a section, checked.
+
+    Args:
+        component (Callable): what takes them; see :func:`parameters`.
+        values (Mapping[str, Any]): the keys.
+        where (str): the section's name.
+        given (Iterable[str]): parameters that do not come from the section.
+
+    Returns:
+        dict[str, Any]: the same, numbers that were written as text being numbers.
+
+    Raises:
+        UserError: all that is wrong, see :func:`check`.
+    """
+    refuse(check(component, values, where, given))
+    known = parameters(component) or {}
+    return {key: _plain(known[key].annotation, value) if key in known else value for key, value in values.items()}
+
+
+def _plain(annotation: Any, value: Any) -> Any:
+    converted = convert(annotation, value)
+    return converted if isinstance(value, str) and isinstance(converted, float) else value
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raises one UserError with all problems, if there are any."""
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError(f"{len(problems)} things are wrong in the config:" + "".join(f"\n  - {p}" for p in problems))
+
+
+def convert(annotation: Any, value: Any) -> Any:
+    """A value as its type; raises pydantic's ValidationError when it is not of that type."""
+    return _adapter(annotation).validate_json(json.dumps(value, default=str))
+
+
+def refusal(key: str, value: Any, annotation: Any) -> str:
+    """The sentence for a value that its type does not allow.
+
+    Args:
+        key (str): where it stands, as on the command line ("optimizer.lr").
+        value (Any): what was given.
+        annotation (Any): what it must be.
+
+    Returns:
+        str: names key, value and mend, and the nearest choice where there are choices.
+    """
+    near = _nearest(value, _choices(_schema(annotation)))
+    return f"{key} is {_shown(value)}; it must be {describe(annotation)}" + (
+        f" (did you mean '{near}'?)." if near else "."
+    )
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+
+
+def _nearest(value: Any, choices: list[str]) -> str | None:
+    for word in value if isinstance(value, list) else [value]:
+        if word not in choices and (near := difflib.get_close_matches(str(word), choices, n=1, cutoff=0.5)):
+            return near[0]
+    return None
+
+
+@functools.cache
+def _cached_adapter(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(annotation, config=STRICT)
+    except PydanticUserError as error:
+        if error.code == "type-adapter-config-unused":  # a TypedDict or dataclass brings its own
+            return TypeAdapter(annotation)
+        return TypeAdapter(Any)  # a type that nothing in a config can be, such as a torch.dtype
+    except (PydanticUndefinedAnnotation, TypeError):
+        return TypeAdapter(Any)
+
+
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    try:
+        hash(annotation)
+    except TypeError:
+        return _cached_adapter.__wrapped__(annotation)
+    return _cached_adapter(annotation)
+
+
+class _Schema(GenerateJsonSchema):
+    """Types that JSON cannot hold (a tensor) are left out of what a message offers."""
+
+    def handle_invalid_for_json_schema(self, schema: Any, error_info: str) -> JsonSchemaValue:
+        return {}
+
+
+def _schema(annotation: Any) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return _adapter(annotation).json_schema(schema_generator=_Schema)
+
+
+def describe(annotation: Any) -> str:
+    """What a value must be, in words: "a whole number from 1 to 10000, or null"."""
+    schema = _schema(annotation)
+    return _words(schema, schema.get("$defs", {})) or "a value of another type"
+
+
+def _words(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "$ref" in schema:
+        return _words(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    if "description" in schema and "properties" not in schema:
+        return schema["description"]
+    if "anyOf" in schema:
+        options = [words for option in schema["anyOf"] if (words := _words(option, definitions))]
+        return ", or ".join(dict.fromkeys(options))
+    if "enum" in schema:
+        return "one of: " + ", ".join(map(str, schema["enum"]))
+    if "const" in schema:
+        return repr(schema["const"])
+    kind = schema.get("type")
+    if kind in ("integer", "number"):
+        return ("a whole number" if kind == "integer" else "a number") + _range(schema)
+    if kind == "array":
+        if "prefixItems" in schema:
+            parts = dict.fromkeys(_words(item, definitions) for item in schema["prefixItems"])
+            return f"a list of {len(schema['prefixItems'])}, each {' / '.join(parts)}"
+        items = _words(schema.get("items", {}), definitions)
+        return f"a list, each item {items}" if items else "a list"
+    if kind == "object":
+        names = ", ".join(schema.get("properties", {}))
+        return f"a section with the keys {names}" if names else "a section of keys"
+    return {"boolean": "True or False", "string": "text", "null": "null"}.get(kind or "", "")
+
+
+def _range(schema: dict[str, Any]) -> str:
+    # pydantic names the bounds of a type with a validator before it in its own words.
+    low, above = schema.get("minimum", schema.get("ge")), schema.get("exclusiveMinimum", schema.get("gt"))
+    high, below = schema.get("maximum", schema.get("le")), schema.get("exclusiveMaximum", schema.get("lt"))
+    start = f"from {low:g}" if low is not None else f"above {above:g}" if above is not None else ""
+    end = f"to {_end(high)}" if high is not None else f"and below {_end(below)}" if below is not None else ""
+    if above is not None and high is not None:
+        end = f"and at most {_end(high)}"
+    return "".join(f" {words}" for words in (start, end) if words)
+
+
+def _end(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _choices(schema: Any) -> list[str]:
+    """All words that a schema offers anywhere in it."""
+    if isinstance(schema, dict):
+        own = [str(word) for word in schema.get("enum", [])]
+        return own + [word for value in schema.values() for word in _choices(value)]
+    if isinstance(schema, list):
+        return [word for value in schema for word in _choices(value)]
+    return []
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """The keys of a dataclass that may be left out, and what they then are."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[field.name] = field.default_factory()
+    return found
