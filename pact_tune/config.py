@@ -81,7 +81,7 @@ class Fields:
     of: type
 
 
-# Parameters of other libraries (torch.optim, torchtune) by name: they annotate a type at best, and never a range.
+# Parameters by the names that libraries (torch.optim, torchtune) give them, with a type at best, and never a range.
 LIBRARY: dict[str, Any] = {
     "lr": Annotated[Number, Field(gt=0, le=10)],
     "weight_decay": Annotated[Number, Field(ge=0, le=10)],
@@ -180,7 +180,6 @@ def parameters(component: Callable[..., Any]) -> dict[str, Parameter] | None:
     except (TypeError, ValueError):  # written in C
         return None
     hints = _hints(component)
-    ours = component.__module__.split(".")[0] == "pact_tune"
     found: dict[str, Parameter] = {}
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
@@ -192,7 +191,7 @@ def parameters(component: Callable[..., Any]) -> dict[str, Parameter] | None:
                 return None
             found |= parameters(fields[0]) or {}
             continue
-        if not ours and name in LIBRARY:
+        if name in LIBRARY and not hasattr(annotation, "__metadata__"):
             annotation = _bounded(annotation, LIBRARY[name])
         found[name] = Parameter(annotation, parameter.default is parameter.empty)
     return found
