@@ -136,6 +136,7 @@ class RecipeSettings:
     epochs: Annotated[int, Field(ge=1, le=10_000)]
     device: Annotated[str, StringConstraints(pattern=r"^(cpu|mps|(cuda|xpu|npu)(:\d{1,3})?)$"), Field(description="cpu, cuda, xpu, npu or mps")]  # fmt: skip
     dtype: Literal["bf16", "fp32"]
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # of LoRA's own weights; bf16 as in the released code
     checkpoint_dir: PathText | None = None  # read by other keys as ${checkpoint_dir}, not by the recipe
     resume_from_checkpoint: bool = False
     seed: Seed = 0

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 )
 
 from pact_tune.errors import UserError
+from pact_tune.families import MODELS as KNOWN
 from pact_tune.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -40,36 +41,6 @@ WAIT = 1.0  # seconds before the second attempt; doubles
 PASSING = (408, 429, 500, 502, 503, 504)
 
 T = TypeVar("T")
-
-
-class Family(NamedTuple):
-    """A known model: its Hub names, and the repository that holds its safety tokens, once somebody published them."""
-
-    aligned: str
-    base: str
-    published: str | None = None
-
-
-def _llama(version: str, size: str, base_version: str | None = None) -> Family:
-    return Family(f"meta-llama/Llama-{version}-{size}-Instruct", f"meta-llama/Llama-{base_version or version}-{size}")
-
-
-# Short name -> model. The one place that names the known families.
-KNOWN: dict[str, Family] = {
-    **{
-        f"qwen2.5-{size.lower()}-instruct": Family(f"Qwen/Qwen2.5-{size}-Instruct", f"Qwen/Qwen2.5-{size}")
-        for size in ("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")
-    },
-    "llama-3.1-8b-instruct": _llama("3.1", "8B"),
-    "llama-3.1-70b-instruct": _llama("3.1", "70B"),
-    "llama-3.2-1b-instruct": _llama("3.2", "1B"),
-    "llama-3.2-3b-instruct": _llama("3.2", "3B"),
-    "llama-3.3-70b-instruct": _llama("3.3", "70B", base_version="3.1"),  # 3.3 has no base model of its own
-    **{
-        f"gemma-2-{size}-it": Family(f"google/gemma-2-{size}-it", f"google/gemma-2-{size}")
-        for size in ("2b", "9b", "27b")
-    },
-}
 
 
 class NotPublishedError(UserError):

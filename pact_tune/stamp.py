@@ -1,8 +1,13 @@
-"""`pact.json`: how a result was made, written beside it, so that it can be told from one made without the constraint."""
+"""`pact.json`: how a result was made, and hashes of all its files, written beside them.
+
+So a result can be told from one made without the constraint, and from one that was changed afterwards. It is not a
+signature: whoever changes a file can write a new stamp, too.
+"""
 
 import hashlib
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +16,10 @@ import torch
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.reference_cache import conversation_key
+from pact_tune.weights import file_digest
 
 STAMP_FILE = "pact.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
@@ -39,18 +45,20 @@ def data_fingerprint(conversations: Iterable[Conversation]) -> str:
 
 
 def write_stamp(folder: Path, stamp: dict[str, Any]) -> None:
-    """Writes pact.json.
+    """Writes pact.json, with a hash of each file that lies in the folder now, and one of itself.
 
     Args:
-        folder (Path): where the result lies.
+        folder (Path): where the result lies, complete but for the stamp.
         stamp (dict[str, Any]): what it says.
     """
-    text = json.dumps({"format": FORMAT, **stamp}, indent=2, sort_keys=True)
+    stamp = {"format": FORMAT, **stamp, "files": _hashes(folder, _files(folder))}
+    stamp["checksum"] = _checksum(stamp)
+    text = json.dumps(stamp, indent=2, sort_keys=True, allow_nan=False)
     (folder / STAMP_FILE).write_text(text + "\n")
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:
-    """Reads pact.json.
+    """Reads pact.json and makes sure that it is as it was written.
 
     Args:
         folder (Path): a result.
@@ -59,20 +67,65 @@ def read_stamp(folder: Path) -> dict[str, Any]:
         dict[str, Any]: what it says.
 
     Raises:
-        UserError: no stamp, a damaged one, or one of another format.
+        UserError: no stamp, a damaged or edited one, or one of another format.
     """
+    file = folder / STAMP_FILE
     try:
-        stamp = json.loads((folder / STAMP_FILE).read_text())
-    except FileNotFoundError as error:
+        stamp = json.loads(file.read_text())
+        version = stamp.get("format")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"There is no {STAMP_FILE} in '{folder}': it is no result of pact-tune, or was trained without it."
         ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"'{folder / STAMP_FILE}' is damaged ({error}): take the result from where it was made."
-        ) from error
-    if stamp.get("format") != FORMAT:
-        raise UserError(
-            f"'{folder / STAMP_FILE}' has format {stamp.get('format')}, this pact-tune reads {FORMAT}: update pact-tune."
-        )
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"'{file}' is damaged ({error}): take the result from where it was made.") from error
+    if version != FORMAT:
+        mend = "update pact-tune" if isinstance(version, int) and version > FORMAT else "train it again"
+        raise UserError(f"'{file}' has format {version}, this pact-tune reads {FORMAT}: {mend}.")
+    if stamp.get("checksum") != _checksum(stamp):
+        raise UserError(f"'{file}' was edited after it was written: take the result from where it was made.")
     return stamp
+
+
+def check_files(folder: Path, stamp: dict[str, Any]) -> None:
+    """Makes sure that a result consists of the files that its stamp was written for.
+
+    Files that nothing loads may come later: hidden ones, a README, a licence.
+
+    Args:
+        folder (Path): the result.
+        stamp (dict[str, Any]): its stamp.
+
+    Raises:
+        UserError: a file that changed, is missing, or was added.
+    """
+    expected, found = stamp["files"], _files(folder)
+    if missing := sorted(expected.keys() - set(found)):
+        raise UserError(f"'{folder / missing[0]}' is missing: take the result from where it was made.")
+    hashes = _hashes(folder, [name for name in found if name in expected])
+    if changed := sorted(name for name in hashes if hashes[name] != expected[name]):
+        raise UserError(
+            f"'{folder / changed[0]}' is not the file that {STAMP_FILE} was written for: it was changed since."
+        )
+    added = [name for name in found if name not in expected and not name.endswith((".md", "LICENSE", "NOTICE"))]
+    if added:
+        raise UserError(f"'{folder / sorted(added)[0]}' was added after {STAMP_FILE} was written: remove it.")
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of a result's files, relative to it, without its stamp and hidden ones."""
+    paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    hidden = [any(part.startswith(".") for part in path.parts) for path in paths]
+    names = [path.as_posix() for path, skip in zip(paths, hidden, strict=True) if not skip]
+    return sorted(name for name in names if name != STAMP_FILE)
+
+
+def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
+        digests = pool.map(file_digest, [folder / name for name in names])
+    return {name: digest.hex()[:32] for name, digest in zip(names, digests, strict=True)}
+
+
+def _checksum(stamp: dict[str, Any]) -> str:
+    content = {key: value for key, value in stamp.items() if key != "checksum"}
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()

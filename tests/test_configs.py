@@ -1,53 +1,40 @@
 """Every shipped config: complete, buildable, and of the very network that the published checkpoint holds."""
 
-import json
 import re
 import sys
 
 import pytest
 import torch
 from torchao.dtypes import nf4tensor
+from torchtune.models import gemma2, llama3_1, llama3_2, llama3_3, qwen2_5
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_tune import cli, hub
+from pact_tune.families import network_of
 from pact_tune.tools.configs import check, load, memory
-from pact_tune.torchtune import lora
-from pact_tune.torchtune.checkpoint import HFCheckpointer
+from pact_tune.torchtune import from_checkpoint, lora
+from pact_tune.torchtune.checkpoint import Names, constants_of_model, constants_of_network
 from pact_tune.torchtune.config import config_names, find_config, method_names
 from pact_tune.torchtune.memory import GIB
 
 NAMES = [name for name in config_names() if not name.startswith("demo/")]
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-# config.json of each published checkpoint: sizes in the order of SIZES, vocabulary, tied embeddings.
-QWEN = {"model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False}
-LLAMA = {
-    "model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "vocab_size": 128256,
-    "rope_scaling": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}  # fmt: skip
-LLAMA_3_2 = LLAMA | {"rope_scaling": LLAMA["rope_scaling"] | {"factor": 32.0}, "tie_word_embeddings": True}
-GEMMA = {
-    "model_type": "gemma2", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "vocab_size": 256000, "head_dim": 256,
-    "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096,
-}  # fmt: skip
-PUBLISHED = {
-    "qwen2_5/0.5B": ((896, 24, 14, 2, 4864), QWEN | {"vocab_size": 151936, "tie_word_embeddings": True}),
-    "qwen2_5/1.5B": ((1536, 28, 12, 2, 8960), QWEN | {"vocab_size": 151936, "tie_word_embeddings": True}),
-    "qwen2_5/3B": ((2048, 36, 16, 2, 11008), QWEN | {"vocab_size": 151936, "tie_word_embeddings": True}),
-    "qwen2_5/7B": ((3584, 28, 28, 4, 18944), QWEN | {"vocab_size": 152064, "tie_word_embeddings": False}),
-    "qwen2_5/14B": ((5120, 48, 40, 8, 13824), QWEN | {"vocab_size": 152064, "tie_word_embeddings": False}),
-    "qwen2_5/32B": ((5120, 64, 40, 8, 27648), QWEN | {"vocab_size": 152064, "tie_word_embeddings": False}),
-    "llama3_1/8B": ((4096, 32, 32, 8, 14336), LLAMA | {"tie_word_embeddings": False}),
-    "llama3_1/70B": ((8192, 80, 64, 8, 28672), LLAMA | {"tie_word_embeddings": False}),
-    "llama3_2/1B": ((2048, 16, 32, 8, 8192), LLAMA_3_2 | {"head_dim": 64}),
-    "llama3_2/3B": ((3072, 28, 24, 8, 8192), LLAMA_3_2 | {"head_dim": 128}),
-    "llama3_3/70B": ((8192, 80, 64, 8, 28672), LLAMA | {"tie_word_embeddings": False}),
-    "gemma2/2B": ((2304, 26, 8, 4, 9216), GEMMA),
-    "gemma2/9B": ((3584, 42, 16, 8, 14336), GEMMA),
-    "gemma2/27B": ((4608, 46, 32, 16, 36864), GEMMA | {"head_dim": 128, "query_pre_attn_scalar": 144}),
-}  # fmt: skip
+# Shipped config -> torchtune's own builder of the same model, whose sizes another hand has copied.
+BUILDERS = {
+    "qwen2_5/0.5B": qwen2_5.qwen2_5_0_5b,
+    "qwen2_5/1.5B": qwen2_5.qwen2_5_1_5b_instruct,
+    "qwen2_5/3B": qwen2_5.qwen2_5_3b,
+    "qwen2_5/7B": qwen2_5.qwen2_5_7b_instruct,
+    "qwen2_5/14B": qwen2_5.qwen2_5_14b_instruct,
+    "qwen2_5/32B": qwen2_5.qwen2_5_32b_instruct,
+    "llama3_1/8B": llama3_1.llama3_1_8b,
+    "llama3_1/70B": llama3_1.llama3_1_70b,
+    "llama3_2/1B": llama3_2.llama3_2_1b,
+    "llama3_2/3B": llama3_2.llama3_2_3b,
+    "llama3_3/70B": llama3_3.llama3_3_70b,
+    "gemma2/2B": gemma2.gemma2_2b,
+    "gemma2/9B": gemma2.gemma2_9b,
+    "gemma2/27B": gemma2.gemma2_27b,
+}
 
 
 def published_weights(config: dict) -> dict[str, torch.Tensor]:
@@ -80,14 +67,12 @@ def nf4_once_a_shape(monkeypatch):
 def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path):
     cfg = load(name)
     model = check(cfg)
-    sizes, config = PUBLISHED[name.split("_pact")[0]]
-    config = config | dict(zip(SIZES, sizes, strict=True))
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").touch()
-    checkpointer = HFCheckpointer(str(tmp_path), cfg.checkpointer.model_type, str(tmp_path))
-    base = checkpointer._to_tune(published_weights(config), **checkpointer._shape, **checkpointer._tied)
-    adapter = {key: value for key, value in model.named_parameters() if ".lora_" in key}
-    checkpointer.check(model, base | adapter)
+    config = hub.KNOWN[cfg.loss.safety_tokens].config
+    network = network_of(config, "published")
+    published = {Names(network.family).to_tune(n): t.shape for n, t in published_weights(config).items()}
+    base = {n: p.shape for n, p in model.named_parameters() if ".lora_" not in n}
+    assert base == published and constants_of_model(model) == constants_of_network(network)
+    assert model.max_seq_len == network.max_seq_len == AutoConfig.for_model(**config).max_position_embeddings
 
     header = find_config(name).read_text().split("\n\n")[0]
     assert cfg.loss.safety_tokens in hub.KNOWN
@@ -103,8 +88,19 @@ def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path)
     assert estimates == [round(memory(cfg, model, processes) / GIB) for processes in (1, 2, 4, 8)]
 
 
+@pytest.mark.parametrize("name", BUILDERS)
+def test_published_sizes_are_those_of_torchtunes_builders(name):
+    cfg = load(f"{name}_pact_lora")
+    with torch.device("meta"):
+        theirs, ours = BUILDERS[name](), from_checkpoint(cfg.checkpoint_dir)
+    shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in (theirs, ours)]
+    assert shapes[0] == shapes[1]
+    if not name.startswith("gemma2/"):  # torchtune's Gemma 2 is another network
+        assert constants_of_model(theirs) == constants_of_model(ours)
+
+
 def test_the_papers_settings_are_the_default_of_all_configs():
-    assert {name.split("_pact")[0] for name in NAMES} == PUBLISHED.keys()
+    assert {name.split("_pact")[0] for name in NAMES} == BUILDERS.keys()
     for name in NAMES:
         cfg = load(name)
         assert (cfg.optimizer._component_, cfg.epochs, cfg.batch_size) == ("torch.optim.AdamW", 3, 2)
@@ -157,8 +153,14 @@ def test_pact_validate_says_what_is_wrong_in_one_sentence(capsys, overrides, wor
 @pytest.mark.parametrize(
     ("line", "other", "words"),
     [
-        ("  model_type: GEMMA2\n", "", "Section 'checkpointer' lacks the key 'model_type'"),
-        ("pact_tune.torchtune.gemma2", "torchtune.models.gemma2", "soft-cap the hidden state"),
+        ("  checkpoint_dir: ${checkpoint_dir}\n", "", "Section 'checkpointer' lacks the key 'checkpoint_dir'"),
+        (
+            "pact_tune.torchtune.from_checkpoint  # Llama, Qwen2 and Gemma 2; sizes come from its config.json\n"
+            "  path: ${checkpoint_dir}\n",
+            "torchtune.models.gemma2.lora_gemma2_2b\n",
+            "soft-cap the hidden state",
+        ),
+        ("/tmp/gemma-2-2b-it", "/nowhere/mine", "There is no Hugging Face checkpoint in '/nowhere/mine'"),
     ],
 )
 def test_pact_validate_of_an_edited_config(tmp_path, capsys, line, other, words):

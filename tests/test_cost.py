@@ -199,7 +199,7 @@ def test_the_step_never_waits_for_the_device_and_has_no_loop_over_rows(tmp_path,
 TRUE_SIZES = {
     "Qwen2.5-7B": (benchmark.SIZES["Qwen2.5-7B"], 13.65),
     "Llama-3.1-8B": ({"_component_": "torchtune.models.llama3.lora_llama3_8b"}, 14.58),
-    "Gemma-2-9B": ({"_component_": "pact_tune.torchtune.gemma2.lora_gemma2_9b"}, 18.01),
+    "Gemma-2-9B": ({"_component_": "pact_tune.torchtune.from_checkpoint", "path": "gemma-2-9b-it"}, 18.01),
 }
 
 

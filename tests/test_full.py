@@ -94,10 +94,10 @@ def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypat
     assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/one", *common) is None
     save = HFCheckpointer.save
 
-    def cut_off(self, name, *rest):
+    def cut_off(self, name, *rest, **options):
         if name == "epoch_1":
             raise KeyboardInterrupt
-        return save(self, name, *rest)
+        return save(self, name, *rest, **options)
 
     # An empty cache on resuming: the reference is computed again, from the weights before the first step.
     for cache, patch_name in (("a", cut_off), ("b", save)):

@@ -6,6 +6,7 @@ import torch
 from omegaconf import OmegaConf
 from recipe import ARCHITECTURES, logged, logits_of, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file, save_file
+from torchao.dtypes.nf4tensor import to_nf4
 from torchtune import config
 from transformers import AutoModelForCausalLM
 
@@ -68,9 +69,9 @@ def build(workspace, model, trained):
         for name, tensor in adapter.items():
             noise = 0.1 * torch.randn(tensor.shape, generator=generator)
             adapter[name] = tensor * (1 + noise) if name.endswith(".magnitude") else noise
-    checkpointer.check(network, base | adapter)
-    network.load_state_dict(base | adapter)
-    return Decoder(network, 0, torch.device("cpu")), checkpointer, base, adapter
+    checkpointer.check(network)
+    lora.fill(network, base, adapter, torch.device("cpu"))
+    return Decoder(network, 0, torch.device("cpu")), checkpointer, adapter
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +108,11 @@ CHOICES = {
 }
 
 
-def assert_exports_equal(decoder, checkpointer, base, adapter, workspace, tokens, tmp_path):
+def assert_exports_equal(decoder, checkpointer, adapter, workspace, tokens, tmp_path):
     """Trained torchtune model = merged checkpoint = PEFT adapter on the base, in transformers."""
     checkpointer.output_dir = tmp_path
     spec = lora.spec(decoder.model)
-    folder = checkpointer.save("result", base, adapter, spec, {})
+    folder = checkpointer.save("result", adapter, spec, {})
     live = logits_of(decoder, tokens)
     base_model = transformers_model(workspace.parent / "model")
     with torch.no_grad():
@@ -142,24 +143,26 @@ def wide(architecture, tmp_path_factory):
 QLORA = {"lora_attn_modules": ATTENTION, "apply_lora_to_mlp": True, "quantize_base": True}
 
 
-def dequantized_base(checkpointer, decoder, base, workspace):
-    """The base in transformers with its weights rounded to NF4."""
-    weights = lora.dequantized(base, lora.quantized_names(decoder.model), torch.float32)
+def dequantized_base(checkpointer, decoder, workspace):
+    """The base in transformers with its weights rounded to NF4, as torchao does it, in torchtune's order of rows."""
+    base = checkpointer.load()
+    names = lora.quantized_names(decoder.model)
+    rounded = {name: to_nf4(base[name].contiguous()).get_original_weight() for name in names}
     model = transformers_model(workspace.parent / "model")
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for name, weight in checkpointer.to_hf(weights).items():
+        for name, weight in checkpointer.to_hf(rounded).items():
             parameters[name].copy_(weight)
-    return model, weights
+    return model, names
 
 
 def test_qlora_reference_and_exports_are_of_the_quantized_base(wide, tokens, tmp_path):
-    decoder, checkpointer, base, adapter = build(wide, QLORA, trained=True)
-    model, weights = dequantized_base(checkpointer, decoder, base, wide)
+    decoder, checkpointer, adapter = build(wide, QLORA, trained=True)
+    model, quantized = dequantized_base(checkpointer, decoder, wide)
     ids = torch.tensor([7, 3, 150])
     reference = decoder.reference_columns([Conversation(tokens[0].tolist(), [(20, 60)])], Columns(ids, False))
     checkpointer.output_dir = tmp_path
-    folder = checkpointer.save("result", weights, adapter, lora.spec(decoder.model), {})
+    folder = checkpointer.save("result", adapter, lora.spec(decoder.model), {}, quantized)
     live = logits_of(decoder, tokens)
     with torch.no_grad():
         expected = model(tokens[:1]).logits[0, 19:59][:, ids]
@@ -229,10 +232,10 @@ def test_variant_on_one_process_and_two_resumed_and_verified(wide_llama, tmp_pat
     save = HFCheckpointer.save
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
 
-        def cut_off(self, name, *rest):
+        def cut_off(self, name, *rest, **options):
             if name == "epoch_1":
                 raise KeyboardInterrupt
-            return save(self, name, *rest)
+            return save(self, name, *rest, **options)
 
         patch.setattr(HFCheckpointer, "save", cut_off)
         tune_run(monkeypatch, wide_llama, f"output_dir={tmp_path}/cut", *common)

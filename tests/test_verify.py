@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from pact_tune import cli
 from pact_tune.conversations import Conversation
 from pact_tune.head import Columns
+from pact_tune.stamp import write_stamp
 from pact_tune.tools.verify import verify
 from pact_tune.torchtune.checkpoint import HFCheckpointer
 from pact_tune.torchtune.model import Decoder
@@ -35,7 +36,11 @@ def test_stamp_says_how_the_result_was_made(result, workspace):
     assert stamp["adapter"]["rank"] == 4 and not stamp["adapter"]["dora"]
     hashes = [stamp[name]["fingerprint"] for name in ("safety_tokens", "data", "reference", "adapter")]
     assert all(len(text) == 32 for text in hashes)
-    assert stamp == json.loads((result / "adapter" / "pact.json").read_text())
+    other = json.loads((result / "adapter" / "pact.json").read_text())
+    own = ("files", "checksum")
+    assert {k: v for k, v in stamp.items() if k not in own} == {k: v for k, v in other.items() if k not in own}
+    assert sorted(other["files"]) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "adapter/pact.json"} <= stamp["files"].keys()
 
 
 @pytest.mark.parametrize("part", [".", "adapter"])
@@ -62,19 +67,54 @@ def alter_first(tensors):
     tensors[name] = tensors[name] + 1
 
 
-def edit_stamp(folder, change):
+def edit_json(file, change):
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def stamped_anew(folder, change):
+    """As a wrong exporter would: the stamp itself is in order."""
     stamp = json.loads((folder / "pact.json").read_text())
     change(stamp)
-    (folder / "pact.json").write_text(json.dumps(stamp))
+    write_stamp(folder, stamp)
 
 
+def make_nan(tensors):
+    tensors[sorted(tensors)[0]].fill_(torch.nan)
+
+
+def rewrite_and_stamp(folder, name, change):
+    rewrite(folder / name, change)
+    stamped_anew(folder, lambda s: None)
+
+
+def scale_all(tensors):
+    tensors.update({name: tensor * 1.015 for name, tensor in tensors.items()})
+
+
+ADAPTER = "adapter/adapter_model.safetensors"
 DAMAGE = {
     "no stamp": (lambda d: (d / "pact.json").unlink(), "no pact.json"),
     "half a stamp": (lambda d: (d / "pact.json").write_text("{"), "damaged"),
-    "later format": (lambda d: edit_stamp(d, lambda s: s.update(format=9)), "format 9"),
-    "other adapter": (lambda d: rewrite(d / "adapter" / "adapter_model.safetensors", alter_first), "not the one"),
-    "other merged weights": (lambda d: rewrite(d / "model.safetensors", alter_first), "is not its base with its adapter"),
-    "other base": (lambda d: edit_stamp(d, lambda s: s["reference"].update(fingerprint="0" * 32)), "name them with --base"),
+    "a stamp that is no object": (lambda d: (d / "pact.json").write_text("[]"), "damaged"),
+    "later format": (lambda d: edit_json(d / "pact.json", lambda s: s.update(format=9)), "format 9"),
+    "edited stamp": (lambda d: edit_json(d / "pact.json", lambda s: s["loss"].update(lambda_kl=9)), "edited after"),
+    "other adapter": (lambda d: rewrite(d / ADAPTER, alter_first), "adapter_model.safetensors' is not the file"),
+    "no adapter": (lambda d: (d / ADAPTER).unlink(), "adapter_model.safetensors' is missing"),
+    "other alpha": (lambda d: edit_json(d / "adapter/adapter_config.json", lambda c: c.update(lora_alpha=9)), "adapter_config.json' is not"),
+    "no adapter config": (lambda d: (d / "adapter/adapter_config.json").unlink(), "adapter_config.json' is missing"),
+    "other merged weights": (lambda d: rewrite(d / "model.safetensors", alter_first), "model.safetensors' is not the file"),
+    "scaled weights": (lambda d: rewrite(d / "model.safetensors", scale_all), "model.safetensors' is not the file"),
+    "other rope": (lambda d: edit_json(d / "config.json", lambda c: c["rope_parameters"].update(rope_theta=9)), "config.json' is not"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json' is missing"),
+    "other tokenizer": (lambda d: (d / "tokenizer.json").write_text("garbage"), "tokenizer.json' is not"),
+    "an adapter beside the weights": (lambda d: (d / "adapter_config.json").write_text("{}"), "was added after"),
+    "other base": (lambda d: stamped_anew(d, lambda s: s["reference"].update(fingerprint="0" * 32)), "name them with --base"),
+    "wrong merge, stamped": (lambda d: rewrite_and_stamp(d, "model.safetensors", scale_all), "is not its base with its adapter"),
+    "other adapter, stamped": (lambda d: rewrite_and_stamp(d, ADAPTER, alter_first), "not the one that"),
+    "NaN adapter, stamped": (lambda d: rewrite_and_stamp(d, ADAPTER, make_nan), "NaN or infinity"),
+    "half an adapter, stamped": (lambda d: ((d / ADAPTER).write_bytes(b"1234"), stamped_anew(d, lambda s: None)), "damaged"),
 }  # fmt: skip
 
 
@@ -106,7 +146,7 @@ def test_saving_moves_neither_base_weights_nor_the_reference(workspace, tmp_path
     monkeypatch.setattr(Decoder, "__init__", remember)
     save = HFCheckpointer.save
 
-    def checked(self, *arguments):
+    def checked(self, *arguments, **options):
         def state():
             (decoder,) = decoders
             frozen = {n: p.detach().clone() for n, p in decoder.model.named_parameters() if not p.requires_grad}
@@ -115,7 +155,7 @@ def test_saving_moves_neither_base_weights_nor_the_reference(workspace, tmp_path
             return frozen | {"reference": decoder.reference_columns(rows, Columns(torch.arange(9), True))}
 
         before = state()
-        folder = save(self, *arguments)
+        folder = save(self, *arguments, **options)
         after = state()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         saves.append(before)

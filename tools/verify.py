@@ -1,7 +1,9 @@
 """`pact verify DIR`: was this result trained with the constraint, is it what its stamp says, how far did it move?"""
 
 import argparse
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pact_tune.adapters import CONFIG, WEIGHTS, LoRASpec, check_fits, merged, read_adapter
 from pact_tune.conversations import Conversation, load_tokenizer
 from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
-from pact_tune.stamp import fingerprint, read_stamp
-from pact_tune.torchtune import lora
-from pact_tune.torchtune.checkpoint import HFCheckpointer, StateDict, merged_weight
+from pact_tune.stamp import check_files, fingerprint, read_stamp
+from pact_tune.weights import ModelFolder, through_nf4
 
-ADAPTER_FILE = "adapter_model.safetensors"
 RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 MAX_TOKENS = 64  # response tokens of a row that are looked at: log-probabilities of whole vocabularies are held
+# Of chat_dataset: how many rows, and what is mixed in, do not matter for a sample.
+NOT_SAMPLED = ("_component_", "n", "mix")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,22 +41,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="a result (epoch_N) or its adapter folder")
     parser.add_argument("--base", help="folder of the base model; default: the one that it was trained from")
     parser.add_argument("--data", help="rows to measure on, as in dataset.source; default: the training data")
+    parser.add_argument(
+        "--columns", nargs="*", default=[], metavar="ROLE=NAME", help="columns of --data, as in dataset"
+    )
     parser.add_argument("--rows", type=int, default=16, help="how many")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     args = parser.parse_args(argv)
-    report = verify(args.directory, args.base, args.data, args.rows)
+    report = verify(args.directory, args.base, args.data, args.rows, _columns(args.columns))
     print(json.dumps(report, indent=2) if args.json else _text(args.directory, report))
     return 0
 
 
-def verify(directory: Path, base: str | None = None, data: str | None = None, rows: int = 16) -> dict[str, Any]:
-    """Checks a result: its stamp, its weights, and that transformers loads it; measures the KL to the reference.
+def _columns(words: list[str]) -> dict[str, str] | None:
+    if any("=" not in word for word in words):
+        raise UserError("--columns takes ROLE=NAME, such as prompt=question response=answer.")
+    return dict(word.split("=", 1) for word in words) or None
+
+
+def verify(
+    directory: Path,
+    base: str | None = None,
+    data: str | None = None,
+    rows: int = 16,
+    columns: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Checks a result: its stamp, its files, and that transformers loads it; measures the KL to the reference.
 
     Args:
         directory (Path): a result folder, or the adapter folder in it.
         base (str | None): folder of the base model; None is the one in the stamp.
         data (str | None): rows to measure on; None is the training data.
         rows (int): how many.
+        columns (dict[str, str] | None): of ``data``, as in `dataset.columns`; None is the training data's.
 
     Returns:
         dict[str, Any]: method, loss settings, final losses, and KL(reference || result) over the whole vocabulary by
@@ -62,79 +81,81 @@ def verify(directory: Path, base: str | None = None, data: str | None = None, ro
     Raises:
         UserError: what is wrong.
     """
+    if rows < 1:
+        raise UserError("--rows must be at least 1.")
     stamp = read_stamp(directory)
     if not stamp["loss"]["constrained"]:
         raise UserError(
             f"The result in '{directory}' was trained without the constraint (method '{stamp['loss']['method']}'): train "
             "it with loss.lambda_kl above 0."
         )
-    section = stamp["config"]["checkpointer"]
-    checkpointer = HFCheckpointer(base or section["checkpoint_dir"], section["model_type"], str(directory))
-    if checkpointer.weights_hash != stamp["reference"]["fingerprint"]:
+    check_files(directory, stamp)
+    folder = ModelFolder(base or stamp["base"], "--base")
+    if folder.weights_hash != stamp["reference"]["fingerprint"]:
         raise UserError(
-            f"The weights in '{checkpointer.directory}' are not those that the result was trained from: name them with --base."
+            f"The weights in '{folder.directory}' are not those that the result was trained from: name them with --base."
         )
     dtype = getattr(torch, stamp["reference"]["dtype"])
-    # The reference under Hugging Face's names; with QLoRA through NF4 and back.
-    weights = checkpointer.to_hf(lora.dequantized(checkpointer.load(), stamp["reference"]["quantized"], dtype))
-    merged = _check_adapter(directory, stamp, weights) if stamp["adapter"] else _check_weights(directory, stamp)
+    # What the reference has in the place of the base's weights: with QLoRA, these through NF4 and back.
+    replaced = {
+        name: through_nf4(folder[name], name.removesuffix(".weight"), folder.network, dtype)
+        for name in stamp.get("nf4", ())
+    }
+    whole = (directory / "config.json").is_file()
+    changed = (
+        _check_adapter(directory, stamp, folder, replaced) if stamp["adapter"] else _check_weights(directory, stamp)
+    )
 
-    conversations = _sample(stamp, checkpointer.directory, data, rows)
-    replaced = weights if stamp["reference"]["quantized"] else {}
-    reference = _logprobs(_load(checkpointer.directory, dtype, replaced), conversations, "Reference")
-    if (directory / "config.json").is_file():
-        result = _load(directory, dtype, {})
-    else:
-        result = _load(checkpointer.directory, dtype, merged)
+    conversations = _sample(stamp, folder.directory, data, rows, columns)
+    reference = _logprobs(_load(folder.directory, dtype, replaced), conversations, "Reference")
+    result = _load(directory, dtype, {}) if whole else _load(folder.directory, dtype, replaced | changed)
     kl = _kl(reference, _logprobs(result, conversations, "Result"))
     return {"loss": stamp["loss"], "final": stamp["final"], "rows": len(conversations), "kl": kl}
 
 
-def _check_adapter(directory: Path, stamp: dict[str, Any], weights: StateDict) -> StateDict:
-    """Reference weights with the adapter merged, after checking it and the merged checkpoint, if there is one."""
-    folder = directory if (directory / ADAPTER_FILE).is_file() else directory / "adapter"
-    adapter = load_file(folder / ADAPTER_FILE)
-    if fingerprint(adapter) != stamp["adapter"]["fingerprint"]:
-        raise UserError(f"The adapter in '{folder}' is not the one that its pact.json was written for.")
-    merged = _merge(weights, adapter, lora.LoRASpec(*(stamp["adapter"][name] for name in lora.LoRASpec._fields)))
+def _check_adapter(
+    directory: Path, stamp: dict[str, Any], folder: ModelFolder, replaced: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The weights that the adapter changes, merged, after checking it and the merged checkpoint, if there is one."""
+    where = directory if (directory / CONFIG).is_file() else directory / "adapter"
+    adapter, spec = read_adapter(where)
+    if fingerprint(load_file(where / WEIGHTS)) != stamp["adapter"]["fingerprint"]:
+        raise UserError(f"The adapter in '{where}' is not the one that its pact.json was written for.")
+    if spec != LoRASpec(*(stamp["adapter"][name] for name in LoRASpec._fields)):
+        raise UserError(f"'{where / CONFIG}' does not say the rank, alpha and kind that the adapter was trained with.")
+    check_fits(adapter, folder, str(where))
+    changed = merged(_Overlay(folder, replaced), adapter, spec)
     if not (directory / "config.json").is_file():
-        return merged
-    found = _read(directory)
-    for name, weight in merged.items():
-        # A last bit may differ: the export merged in torchtune's order of rows.
-        if name not in found or not torch.allclose(found[name].float(), weight.float(), rtol=2e-2, atol=1e-6):
+        return changed
+    found = ModelFolder(directory, "the result")
+    for name, weight in changed.items():
+        if name not in found or not torch.equal(found[name], weight):
             raise UserError(f"The merged checkpoint in '{directory}' is not its base with its adapter: {name} differs.")
-    return merged
+    return changed
 
 
-def _check_weights(directory: Path, stamp: dict[str, Any]) -> StateDict:
+class _Overlay(dict[str, torch.Tensor]):
+    """Weights of which some are replaced, the rest read from the folder."""
+
+    def __init__(self, folder: ModelFolder, replaced: dict[str, torch.Tensor]) -> None:
+        super().__init__(replaced)
+        self._folder = folder
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        return self._folder[name]
+
+
+def _check_weights(directory: Path, stamp: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The weights of a full fine-tuning, after checking them."""
-    found = _read(directory)
+    found = dict(ModelFolder(directory, "the result"))
+    if broken := [name for name, weight in found.items() if not weight.isfinite().all()]:
+        raise UserError(f"The weights in '{directory}' hold NaN or infinity ({broken[0]}): the training diverged.")
     if fingerprint(found) != stamp["weights"]:
         raise UserError(f"The weights in '{directory}' are not those that its pact.json was written for.")
     return found
 
 
-def _read(directory: Path) -> StateDict:
-    weights: StateDict = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
-
-
-def _merge(weights: StateDict, adapter: StateDict, spec: lora.LoRASpec) -> StateDict:
-    """Reference weights with a PEFT adapter merged."""
-    merged = dict(weights)
-    for key, a in adapter.items():
-        if key.endswith(".lora_A.weight"):
-            prefix = key.removesuffix(".lora_A.weight")
-            name = prefix.removeprefix("base_model.model.") + ".weight"
-            b, magnitude = adapter[f"{prefix}.lora_B.weight"], adapter.get(f"{prefix}.lora_magnitude_vector")
-            merged[name] = merged_weight(weights[name], a, b, magnitude, spec)
-    return merged
-
-
-def _load(folder: Path, dtype: torch.dtype, weights: StateDict) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A model in transformers, some of its weights replaced."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Eager attention is the only one that computes Gemma 2's soft-cap everywhere.
@@ -146,14 +167,31 @@ def _load(folder: Path, dtype: torch.dtype, weights: StateDict) -> PreTrainedMod
     return model.to(device).eval()
 
 
-def _sample(stamp: dict[str, Any], base: Path, data: str | None, rows: int) -> list[Conversation]:
-    settings = {
-        key: value for key, value in stamp["config"]["dataset"].items() if key not in ("_component_", "n", "mix")
-    }
-    if data is not None:
-        settings = {"source": data}
+def _sample(
+    stamp: dict[str, Any], base: Path, data: str | None, rows: int, columns: dict[str, str] | None
+) -> list[Conversation]:
+    section = stamp["config"]["dataset"]
     tokenizer = load_tokenizer(str(base))
+    if data is not None:
+        settings = {"source": data, "columns": columns or section.get("columns")}
+    elif section["_component_"] != "pact_tune.chat_dataset":  # somebody's own
+        settings = {key: value for key, value in section.items() if key != "_component_"}
+        return _component(section["_component_"])(tokenizer, **settings).conversations[:rows]
+    else:
+        settings = {key: value for key, value in section.items() if key not in NOT_SAMPLED}
     return chat_dataset(tokenizer, **settings, progress=False).conversations[:rows]
+
+
+def _component(path: str) -> Any:
+    """What a dotted path names, also in the working directory."""
+    module, _, name = path.rpartition(".")
+    sys.path.append(str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"The training data's component '{path}' cannot be imported ({error}): name rows with --data."
+        ) from error
 
 
 @torch.no_grad()

@@ -1,39 +1,126 @@
 """Hugging Face checkpoints in and out of torchtune's naming: base weights, merged models and PEFT adapters."""
 
-import functools
-import hashlib
-import json
-import shutil
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
+from pact_tune.adapters import (
+    Adapter,
+    Finish,
+    LoRASpec,
+    Update,
+    check_fits,
+    finished,
+    merge_folder,
+    peft_tensors,
+    read_adapter,
+    write_adapter,
+)
 from pact_tune.errors import UserError, unknown_key
+from pact_tune.families import Network, rope_scaling, rounded
 from pact_tune.files import atomic_folder
 from pact_tune.stamp import STAMP_FILE, fingerprint, write_stamp
 from pact_tune.torchtune import gemma2
-from pact_tune.torchtune.lora import LoRASpec
+from pact_tune.weights import ModelFolder, through_nf4
 
 StateDict = dict[str, torch.Tensor]
-# checkpointer.model_type -> (model_type of config.json, to torchtune, to Hugging Face)
-FAMILIES: dict[str, tuple[str, Callable, Callable]] = {
-    "QWEN2": ("qwen2", qwen2_hf_to_tune, qwen2_tune_to_hf),
-    "LLAMA3": ("llama", hf_to_tune, tune_to_hf),
-    "LLAMA3_2": ("llama", hf_to_tune, tune_to_hf),
-    "GEMMA2": ("gemma2", gemma2.hf_to_tune, gemma2.tune_to_hf),
+MODEL_TYPES = {"QWEN2": "qwen2", "LLAMA3": "llama", "LLAMA3_2": "llama", "GEMMA2": "gemma2"}
+
+# Hugging Face's names of modules -> torchtune's.
+_MODULES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn.q_proj",
+    "self_attn.k_proj": "attn.k_proj",
+    "self_attn.v_proj": "attn.v_proj",
+    "self_attn.o_proj": "attn.output_proj",
+    "mlp.gate_proj": "mlp.w1",
+    "mlp.up_proj": "mlp.w3",
+    "mlp.down_proj": "mlp.w2",
+    "input_layernorm": "sa_norm",
+    "post_attention_layernorm": "mlp_norm",
 }
-LLAMA3_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json")
+_GEMMA2_MODULES = _MODULES | {
+    "post_attention_layernorm": "sa_scale",
+    "pre_feedforward_layernorm": "mlp_norm",
+    "post_feedforward_layernorm": "mlp_scale",
+}
+_LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.(.+)")
+
+
+class Names:
+    """Names of parameters, from Hugging Face's to torchtune's and back.
+
+    Args:
+        family (str): key of :data:`pact_tune.families.FAMILIES`.
+    """
+
+    def __init__(self, family: str) -> None:
+        self._to_tune = _GEMMA2_MODULES if family == "gemma2" else _MODULES
+        self._to_hf = {tune: hf for hf, tune in self._to_tune.items()}
+
+    def to_tune(self, name: str) -> str:
+        """ "model.layers.0.self_attn.q_proj.weight" to "layers.0.attn.q_proj.weight"; KeyError for an unknown one."""
+        module, kind = name.rsplit(".", 1)
+        tune = self._module(module, self._to_tune, "layers.")
+        return f"{tune}.scale" if "norm" in module else f"{tune}.{kind}"
+
+    def to_hf(self, name: str) -> str:
+        """The inverse of :meth:`to_tune`."""
+        module, kind = name.rsplit(".", 1)
+        return f"{self.module_to_hf(module)}.{'weight' if kind == 'scale' else kind}"
+
+    def module_to_hf(self, module: str) -> str:
+        """ "layers.0.attn.q_proj" to "model.layers.0.self_attn.q_proj"."""
+        return self._module(module, self._to_hf, "model.layers.")
+
+    @staticmethod
+    def _module(module: str, names: Mapping[str, str], prefix: str) -> str:
+        inner = _LAYER.fullmatch(module)
+        return names[module] if inner is None else f"{prefix}{inner[1]}.{names[inner[2]]}"
+
+
+class TorchtuneWeights(Mapping[str, torch.Tensor]):
+    """A checkpoint's weights under torchtune's names and in its order of rows, read when they are asked for.
+
+    Args:
+        folder (ModelFolder): the checkpoint.
+
+    Raises:
+        UserError: weights that a plain model of this family does not have.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._folder, self._network = folder, folder.network
+        names = Names(self._network.family)
+        try:
+            self._hf = {names.to_tune(name): name for name in folder}
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"The weights in '{folder.directory}' are not those of a plain {self._network.family} model ({error}): "
+                "name an original checkpoint, not one that was quantised or otherwise changed."
+            ) from error
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One whole tensor, on the CPU."""
+        return self._network.interleave(name.rsplit(".", 1)[0], self._folder[self._hf[name]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._hf)
+
+    def __len__(self) -> int:
+        return len(self._hf)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor; nothing is read."""
+        return self._folder.shape(self._hf[name])
 
 
 class HFCheckpointer:
@@ -41,249 +128,223 @@ class HFCheckpointer:
 
     Args:
         checkpoint_dir (str): folder with config.json and safetensors files.
-        model_type (str): "QWEN2" (Qwen2, Qwen2.5), "LLAMA3" (Llama 3, 3.1, 3.3), "LLAMA3_2" or "GEMMA2".
         output_dir (str): where the recipe's results go.
+        model_type (str | None): "QWEN2", "LLAMA3", "LLAMA3_2" or "GEMMA2", to be checked; None takes config.json's word.
+        adapter (str | None): folder of a LoRA adapter that training goes on from; the reference does not contain it.
+            (To make it part of the reference, merge it first: `pact merge`.)
 
     Raises:
         UserError: no checkpoint there, or one of another family.
     """
 
-    def __init__(self, checkpoint_dir: str, model_type: str, output_dir: str) -> None:
-        if model_type not in FAMILIES:
-            raise unknown_key(model_type, FAMILIES, "checkpointer.model_type")
-        self.directory = Path(checkpoint_dir)
+    def __init__(
+        self, checkpoint_dir: str, output_dir: str, model_type: str | None = None, adapter: str | None = None
+    ) -> None:
+        if model_type is not None and model_type not in MODEL_TYPES:
+            raise unknown_key(model_type, MODEL_TYPES, "checkpointer.model_type")
+        self.folder = ModelFolder(checkpoint_dir)
+        self.directory, self.config = self.folder.directory, self.folder.config
         self.output_dir = Path(output_dir)
-        if not (self.directory / "config.json").is_file():
+        if model_type is not None and self.folder.model_type != MODEL_TYPES[model_type]:
             raise UserError(
-                f"There is no Hugging Face checkpoint in '{checkpoint_dir}' (no config.json): download one with "
-                "`tune download`, or correct checkpointer.checkpoint_dir."
+                f"checkpointer.model_type is {model_type}, but '{checkpoint_dir}' holds a {self.folder.model_type} model: "
+                "leave the key out, or name another checkpoint."
             )
-        self.config = json.loads((self.directory / "config.json").read_text())
-        expected, self._to_tune, self._to_hf = FAMILIES[model_type]
-        if self.config["model_type"] != expected:
-            raise UserError(
-                f"checkpointer.model_type is {model_type}, but '{checkpoint_dir}' holds a {self.config['model_type']} "
-                "model: name its family, and a model builder of that family."
-            )
-        self.files = self._weight_files()
+        self.network = self.folder.network
+        self.names = Names(self.network.family)
+        self._start = None
+        if adapter is not None:
+            self._start = read_adapter(Path(adapter))
+            check_fits(self._start[0], self.folder, adapter)
+            self.adapter_directory = adapter
 
     @property
     def vocab_size(self) -> int:
         """Rows of the output head."""
-        return self.config["vocab_size"]
-
-    def _weight_files(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            names = ["model.safetensors"]
-        for name in names:
-            if not (self.directory / name).is_file():
-                raise UserError(f"The checkpoint in '{self.directory}' lacks {name}: download it again.")
-        return [self.directory / name for name in names]
-
-    @functools.cached_property
-    def weights_hash(self) -> str:
-        """Hash of the weight files' bytes and of config.json: which model this is, whatever its folder is called."""
-
-        def file_hash(path: Path) -> bytes:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, hashlib.blake2b).digest()
-
-        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            digests = b"".join(pool.map(file_hash, self.files))
-        config = json.dumps(self.config, sort_keys=True).encode()
-        return hashlib.blake2b(digests + config, digest_size=16).hexdigest()
+        return self.network.vocab_size
 
     @property
-    def _shape(self) -> dict[str, Any]:
-        config = self.config
-        heads = config["num_attention_heads"]
+    def weights_hash(self) -> str:
+        """Which model this is, whatever its folder is called."""
+        return self.folder.weights_hash
+
+    def load(self) -> TorchtuneWeights:
+        """The base weights under torchtune's names, to be read one by one."""
+        return TorchtuneWeights(self.folder)
+
+    def to_hf(self, weights: Mapping[str, torch.Tensor]) -> StateDict:
+        """Weights under torchtune's names to Hugging Face's."""
+        network = self.network
         return {
-            "num_heads": heads,
-            "num_kv_heads": config["num_key_value_heads"],
-            "dim": config["hidden_size"],
-            "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+            self.names.to_hf(name): network.deinterleave(name.rsplit(".", 1)[0], tensor).contiguous()
+            for name, tensor in weights.items()
         }
 
-    @property
-    def _tied(self) -> dict[str, bool]:
-        # Only Qwen2's converters are told; the others go by the keys that are there.
-        return (
-            {"tie_word_embeddings": self.config.get("tie_word_embeddings", False)}
-            if self._to_hf is qwen2_tune_to_hf
-            else {}
-        )
-
-    def load(self) -> StateDict:
-        """The base weights under torchtune's names, on the CPU.
-
-        Raises:
-            UserError: a damaged file, or weights that this family does not have.
-        """
-        weights: StateDict = {}
-        for file in self.files:
-            try:
-                weights |= load_file(file)
-            except SafetensorError as error:
-                raise UserError(f"'{file}' is damaged ({error}): download it again.") from error
-        if self.config.get("tie_word_embeddings", False):
-            weights.pop("lm_head.weight", None)
-        try:
-            return self._to_tune(weights, **self._shape, **self._tied)
-        except Exception as error:  # torchtune raises the base class for a name that it does not know
-            raise UserError(
-                f"The weights in '{self.directory}' are not those of a plain {self.config['model_type']} model ({error}): "
-                "name an original checkpoint, not one that was quantised or otherwise changed."
-            ) from error
-
-    def to_hf(self, weights: StateDict) -> StateDict:
-        """Weights under torchtune's names to Hugging Face's."""
-        return self._to_hf(weights, **self._shape, **self._tied)
-
-    def check(self, model: nn.Module, weights: StateDict) -> None:
-        """Makes sure that a model builder makes the very network that the checkpoint is of.
+    def check(self, model: nn.Module) -> None:
+        """Makes sure that a model builder makes the very network that the checkpoint is of; no weight is read.
 
         Args:
             model (nn.Module): as built; may lie on the meta device.
-            weights (StateDict): all its weights, from :meth:`load` and the adapter.
 
         Raises:
-            UserError: names the first tensor or constant that differs.
+            UserError: names all tensors and constants that differ, the first ten at most.
         """
-        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        weights = self.load()
+        trained = re.compile(r"\.(lora_[ab]\.weight|magnitude)$")
+        expected: dict[str, Any] = {
+            name: tuple(parameter.shape) for name, parameter in model.named_parameters() if not trained.search(name)
+        }
+        found: dict[str, Any] = {name: weights.shape(name) for name in weights}
         # Shapes do not show these, and a wrong one trains a slightly wrong network without a word.
-        found |= constants_of_config(self.config)
+        found |= constants_of_network(self.network)
         expected |= constants_of_model(model)
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise UserError(
-                    f"The checkpoint in '{self.directory}' does not fit the model builder: {name} is "
-                    f"{found.get(name, 'missing')} in the checkpoint and {expected.get(name, 'missing')} in the model; "
-                    "name the builder of exactly this model in model._component_."
+        names = [name for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+        if names:
+            listed = "; ".join(
+                f"{name} is {found.get(name, 'missing')} in the checkpoint and {expected.get(name, 'missing')} in the model"
+                for name in names[:10]
+            )
+            more = f"; and {len(names) - 10} more" if len(names) > 10 else ""
+            raise UserError(
+                f"The checkpoint in '{self.directory}' does not fit the model builder: {listed}{more}; set "
+                "model._component_: pact_tune.torchtune.from_checkpoint, which reads them from the checkpoint."
+            )
+
+    def start(self, fresh: StateDict, spec: LoRASpec) -> StateDict:
+        """The adapter that training starts from.
+
+        Args:
+            fresh (StateDict): the one that the seed gives, under torchtune's names.
+            spec (LoRASpec): of the model in training.
+
+        Returns:
+            StateDict: ``fresh``, or the adapter of ``checkpointer.adapter``.
+
+        Raises:
+            UserError: that adapter has another rank, alpha or kind, or lies on other layers.
+        """
+        if self._start is None:
+            return fresh
+        adapter, found = self._start
+        if found != spec:
+            raise UserError(
+                f"The adapter in '{self.adapter_directory}' has {found._asdict()}, the config {spec._asdict()}: set "
+                f"model.lora_rank={found.rank} model.lora_alpha={found.alpha:g} model.use_dora={found.dora}."
+            )
+        given = self._adapter_to_tune(adapter)
+        if given.keys() != fresh.keys():
+            other = sorted(given.keys() ^ fresh.keys())[0]
+            raise UserError(
+                f"The adapter in '{self.adapter_directory}' lies on other layers than the config's ({other}): set "
+                "model.lora_attn_modules, apply_lora_to_mlp and apply_lora_to_output as it was trained."
+            )
+        return {name: tensor.to(fresh[name].dtype) for name, tensor in given.items()}
+
+    def _adapter_to_tune(self, adapter: Adapter) -> StateDict:
+        tensors: StateDict = {}
+        for module, update in adapter.items():
+            name = self.names.to_tune(f"{module}.weight").removesuffix(".weight")
+            tensors[f"{name}.lora_a.weight"] = update.a
+            tensors[f"{name}.lora_b.weight"] = self.network.interleave(module, update.b)
+            if update.magnitude is not None:
+                tensors[f"{name}.magnitude"] = self.network.interleave(module, update.magnitude)
+        return tensors
+
+    def adapter_to_hf(self, trained: StateDict) -> Adapter:
+        """A trained adapter by module, under Hugging Face's names.
+
+        The rows of B belong to the rows of the base weight, so whatever the order of those is, B has it, and DoRA's
+        magnitudes; A is left as it is. torchtune's own exporter permutes for every family, and no magnitudes.
+
+        Args:
+            trained (StateDict): "....lora_a.weight", "....lora_b.weight" and, for DoRA, "....magnitude" of each module.
+
+        Returns:
+            Adapter: by module.
+        """
+        adapter: Adapter = {}
+        for key, a in trained.items():
+            if key.endswith(".lora_a.weight"):
+                module = key.removesuffix(".lora_a.weight")
+                b, magnitude = trained[f"{module}.lora_b.weight"], trained.get(f"{module}.magnitude")
+                adapter[self.names.module_to_hf(module)] = Update(
+                    a,
+                    self.network.deinterleave(module, b),
+                    None if magnitude is None else self.network.deinterleave(module, magnitude),
                 )
+        return adapter
 
     def save(
-        self, name: str, base: StateDict | None, adapter: StateDict, spec: LoRASpec | None, stamp: dict[str, Any]
+        self,
+        name: str,
+        trained: StateDict,
+        spec: LoRASpec | None,
+        stamp: dict[str, Any],
+        quantized: Sequence[str] = (),
+        dtype: torch.dtype = torch.float32,
+        merge: bool = True,
+        finish: Finish | None = None,
     ) -> Path:
-        """Writes one result folder: a whole checkpoint where ``base`` is given, ``adapter/`` where ``spec`` is, pact.json.
+        """Writes one result folder: a whole checkpoint, ``adapter/`` where there is one, pact.json.
 
         Args:
             name (str): folder below ``output_dir``.
-            base (StateDict | None): weights under torchtune's names, on the CPU; they are not changed.
-            adapter (StateDict): LoRA weights under torchtune's names, merged into ``base``; empty in full fine-tuning.
+            trained (StateDict): what was trained, whole, under torchtune's names; it is not changed.
             spec (LoRASpec | None): rank, alpha and kind of the adapter; None in full fine-tuning.
             stamp (dict[str, Any]): how the model was made; goes to pact.json.
+            quantized (Sequence[str]): weights that the model held in NF4, under torchtune's names.
+            dtype (torch.dtype): of the model in training.
+            merge (bool): write base weights with the adapter merged, in the base's dtype; False: the adapter alone.
+            finish (Finish | None): an objective's last word on (A, B) of each module, under Hugging Face's names.
 
         Returns:
             Path: the folder; it appears whole or not at all.
         """
         directory = self.output_dir / name
+        hf_quantized = sorted(map(self.names.to_hf, quantized))
+        stamp = {**stamp, "base": str(self.directory.resolve())}
+
+        def prepare(weight_name: str, weight: torch.Tensor) -> torch.Tensor:
+            if weight_name not in hf_quantized:
+                return weight
+            return through_nf4(weight, weight_name.removesuffix(".weight"), self.network, dtype)
+
         with atomic_folder(directory, marker=STAMP_FILE) as folder:
-            if base is not None:
-                merged = self.to_hf(merge(base, adapter, spec))
-                self._write_model(folder, merged)
             if spec is None:
-                stamp |= {"adapter": None, "weights": fingerprint(merged)}
+                weights = self.to_hf(trained)
+                save_torch_state_dict(weights, folder)
+                self.folder.copy_companions(folder)
+                stamp |= {"adapter": None, "weights": fingerprint(weights)}
             else:
+                adapter = finished(self.adapter_to_hf(trained), finish)
+                stamp |= {"adapter": {**spec._asdict(), "fingerprint": fingerprint(peft_tensors(adapter))}}
+                stamp["nf4"] = hf_quantized
                 # In a folder of its own: transformers would otherwise load the adapter, not the weights beside it.
                 (folder / "adapter").mkdir()
-                peft = self.peft_adapter(adapter)
-                self._write_adapter(folder / "adapter", peft, spec)
-                stamp |= {"adapter": {**spec._asdict(), "fingerprint": fingerprint(peft)}}
+                write_adapter(folder / "adapter", adapter, spec, self.directory)
                 write_stamp(folder / "adapter", stamp)  # adapters are often published alone
+                if merge:
+                    merge_folder(folder, self.folder, adapter, spec, prepare)
             write_stamp(folder, stamp)
         return directory
 
-    def _write_model(self, folder: Path, weights: StateDict) -> None:
-        """Weights under Hugging Face's names, in shards, and whatever else lies beside the base's weights."""
-        save_torch_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, folder)
-        for file in self.directory.iterdir():
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES):
-                shutil.copyfile(file, folder / file.name)
 
-    def _write_adapter(self, folder: Path, peft: StateDict, spec: LoRASpec) -> None:
-        save_file(peft, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": str(self.directory.resolve()),
-            "r": spec.rank,
-            "lora_alpha": spec.alpha,
-            "use_dora": spec.dora,
-            "target_modules": sorted({key.split(".")[-3] for key in peft if key.endswith(".lora_B.weight")}),
-            "bias": "none",
-            "inference_mode": True,
-        }
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    def peft_adapter(self, adapter: StateDict) -> StateDict:
-        """LoRA or DoRA weights under PEFT's names.
-
-        The rows of B belong to the rows of the base weight, so whatever the family's converter does to those (Llama: a
-        permutation of the rotary dimensions; Qwen2: nothing), it does to B, and to DoRA's magnitudes; A is left as it is.
-        torchtune's own exporter permutes for every family, and no magnitudes.
-
-        Args:
-            adapter (StateDict): "....lora_a.weight", "....lora_b.weight" and, for DoRA, "....magnitude" of each module.
-
-        Returns:
-            StateDict: "base_model.model.....lora_A.weight", B and "lora_magnitude_vector".
-        """
-        result: StateDict = {}
-        for key, a in adapter.items():
-            if not key.endswith(".lora_a.weight"):
-                continue
-            module = key.removesuffix(".lora_a.weight")
-            prefix, b = self._rows_to_hf(module, adapter[f"{module}.lora_b.weight"])
-            result[f"{prefix}.lora_A.weight"] = a.contiguous()
-            result[f"{prefix}.lora_B.weight"] = b
-            if f"{module}.magnitude" in adapter:
-                _, magnitude = self._rows_to_hf(module, adapter[f"{module}.magnitude"][:, None])
-                result[f"{prefix}.lora_magnitude_vector"] = magnitude[:, 0].contiguous()
-        return result
-
-    def _rows_to_hf(self, module: str, rows: torch.Tensor) -> tuple[str, torch.Tensor]:
-        """PEFT's prefix of a module, and a tensor ``[out, n]`` that belongs to the rows of its weight, in HF's order."""
-        shape = self._shape | {"dim": rows.shape[1]}
-        ((hf_key, hf_rows),) = self._to_hf({f"{module}.weight": rows}, **shape, **self._tied).items()
-        return "base_model.model." + hf_key.removesuffix(".weight"), hf_rows.contiguous()
-
-
-def constants_of_config(config: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's config.json says of the network beyond the shapes of its weights.
-
-    Args:
-        config (dict[str, Any]): config.json, as transformers 4 or 5 writes it.
-
-    Returns:
-        dict[str, Any]: under config.json's names.
-    """
-    rope = config.get("rope_parameters") or config  # transformers 4 has rope_theta and rope_scaling apart
-    scaling = config.get("rope_scaling") or rope
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    constants = {
-        "rms_norm_eps": config["rms_norm_eps"],
-        "rope_theta": float(rope["rope_theta"]),
-        "rope_scaling": tuple(float(scaling[key]) for key in LLAMA3_SCALING) if kind == "llama3" else kind,
-        "num_attention_heads": config["num_attention_heads"],
-        "num_key_value_heads": config["num_key_value_heads"],
+def constants_of_network(network: Network) -> dict[str, Any]:
+    """What a checkpoint says of its network beyond the shapes of its weights, under config.json's names."""
+    constants: dict[str, Any] = {
+        "rms_norm_eps": network.norm_eps,
+        "rope_theta": network.rope_base,
+        "rope_scaling": network.rope_scaling,
+        "num_attention_heads": network.num_heads,
+        "num_key_value_heads": network.num_kv_heads,
     }
-    if config["model_type"] == "gemma2":
-        layers = config["num_hidden_layers"]
-        kinds = config.get("layer_types") or ["sliding_attention", "full_attention"] * (layers // 2 + 1)
+    if network.family == "gemma2":
         constants |= {
-            "query_pre_attn_scalar": float(config["query_pre_attn_scalar"]),
-            "attn_logit_softcapping": config["attn_logit_softcapping"],
-            "final_logit_softcapping": config["final_logit_softcapping"],
-            "sliding_window": [
-                config["sliding_window"] if kind == "sliding_attention" else None for kind in kinds[:layers]
-            ],
+            "query_pre_attn_scalar": network.query_scalar,
+            "attn_logit_softcapping": network.attention_cap,
+            "final_logit_softcapping": network.final_cap,
+            "sliding_window": list(network.sliding_windows or ()),
         }
-    elif config.get("use_sliding_window"):
-        constants["use_sliding_window"] = True
     return constants
 
 
@@ -298,13 +359,14 @@ def constants_of_model(model: nn.Module) -> dict[str, Any]:
     """
     attention = model.layers[0].attn
     rope = attention.pos_embeddings
-    constants = {
-        "rms_norm_eps": model.norm.eps,
+    scaled = isinstance(rope, Llama3ScaledRoPE)
+    constants: dict[str, Any] = {
+        "rms_norm_eps": rounded(model.norm.eps),
         "rope_theta": float(rope.base),
         "rope_scaling": (
-            tuple(map(float, (rope.scale_factor, rope.low_freq_factor, rope.high_freq_factor, rope.old_context_len)))
-            if isinstance(rope, Llama3ScaledRoPE)
-            else "default"
+            rope_scaling((rope.scale_factor, rope.low_freq_factor, rope.high_freq_factor, rope.old_context_len))
+            if scaled
+            else None
         ),
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_kv_heads,
@@ -317,40 +379,3 @@ def constants_of_model(model: nn.Module) -> dict[str, Any]:
             "sliding_window": [layer.attn.sliding_window_size for layer in model.layers],
         }
     return constants
-
-
-def merge(base: StateDict, adapter: StateDict, spec: LoRASpec | None) -> StateDict:
-    """Base weights with the adapter merged; ``base`` is left as it is.
-
-    torchtune's own function adds in place, which on the CPU changes the weights of the model that is still training.
-    """
-    merged = dict(base)
-    for key, b in adapter.items():
-        if key.endswith(".lora_b.weight"):
-            module = key.removesuffix(".lora_b.weight")
-            old, a = base[f"{module}.weight"], adapter[f"{module}.lora_a.weight"]
-            merged[f"{module}.weight"] = merged_weight(old, a, b, adapter.get(f"{module}.magnitude"), spec)
-    return merged
-
-
-def merged_weight(
-    weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor, magnitude: torch.Tensor | None, spec: LoRASpec
-) -> torch.Tensor:
-    """One weight with its adapter, computed in float32.
-
-    LoRA: W' = W + alpha / rank * B A. DoRA: the rows of that, scaled to the learned magnitudes.
-
-    Args:
-        weight (torch.Tensor): W, ``[out, in]``.
-        a (torch.Tensor): A, ``[rank, in]``.
-        b (torch.Tensor): B, ``[out, rank]``.
-        magnitude (torch.Tensor | None): DoRA's, ``[out]``; None for LoRA.
-        spec (LoRASpec): rank and alpha.
-
-    Returns:
-        torch.Tensor: W', in W's dtype.
-    """
-    merged = weight.float() + spec.alpha / spec.rank * (b.float() @ a.float())
-    if magnitude is not None:
-        merged *= (magnitude.float() / torch.linalg.norm(merged, dim=1))[:, None]
-    return merged.to(weight.dtype)

@@ -1,21 +1,16 @@
 """Gemma 2, composed from torchtune's parts with what its own builder gets wrong put right.
 
-torchtune 0.6.1 applies the final soft-cap to the hidden state instead of the logits, exchanges the norms before and
-after the feed-forward when it converts checkpoints, and gives its 2B and 9B builders the two caps exchanged.
+torchtune 0.6.1 applies the final soft-cap to the hidden state instead of the logits, and gives its 2B and 9B builders the two caps exchanged.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torchtune.models.gemma2 import _component_builders as torchtune_gemma2
-from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.common_utils import _register_reparametrize_state_dict_hooks
 from torchtune.modules.peft import LORA_ATTN_MODULES
-
-StateDict = dict[str, torch.Tensor]
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -134,59 +129,3 @@ def _build(
         norm=model.norm.rms_norm,
         output=model.output,
     )
-
-
-_2B = {
-    "num_layers": 26,
-    "num_heads": 8,
-    "head_dim": 256,
-    "num_kv_heads": 4,
-    "embed_dim": 2304,
-    "intermediate_dim": 9216,
-}
-_9B = {
-    "num_layers": 42,
-    "num_heads": 16,
-    "head_dim": 256,
-    "num_kv_heads": 8,
-    "embed_dim": 3584,
-    "intermediate_dim": 14336,
-}
-_27B = {
-    "num_layers": 46, "num_heads": 32, "head_dim": 128, "num_kv_heads": 16, "embed_dim": 4608, "intermediate_dim": 36864,
-    "query_pre_attn_scalar": 144,
-}  # fmt: skip
-_COMMON = {"vocab_size": 256_000, "max_seq_len": 8192}
-
-gemma2_2b = partial(gemma2, **_COMMON, **_2B)
-gemma2_9b = partial(gemma2, **_COMMON, **_9B)
-gemma2_27b = partial(gemma2, **_COMMON, **_27B)
-lora_gemma2_2b = partial(lora_gemma2, **_COMMON, **_2B)
-lora_gemma2_9b = partial(lora_gemma2, **_COMMON, **_9B)
-lora_gemma2_27b = partial(lora_gemma2, **_COMMON, **_27B)
-
-
-def hf_to_tune(weights: StateDict, **shape: int) -> StateDict:
-    """Hugging Face's names to this module's.
-
-    Args:
-        weights (StateDict): under Hugging Face's names.
-        **shape (int): num_heads, num_kv_heads, dim, head_dim.
-
-    Returns:
-        StateDict: under torchtune's names.
-    """
-    return {_correct(name): tensor for name, tensor in gemma2_hf_to_tune(weights, **shape).items()}
-
-
-def tune_to_hf(weights: StateDict, **shape: int) -> StateDict:
-    """The inverse of :func:`hf_to_tune`."""
-    return gemma2_tune_to_hf({_correct(name): tensor for name, tensor in weights.items()}, **shape)
-
-
-def _correct(name: str) -> str:
-    """torchtune's name of a weight to the right one, and back."""
-    exchanged = {"mlp_norm": "mlp_scale", "mlp_scale": "mlp_norm"}
-    if name.startswith("norm."):
-        return "norm.scale" if name == "norm.rms_norm.scale" else "norm.rms_norm.scale"
-    return ".".join(exchanged.get(part, part) for part in name.split("."))

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import NamedTuple, get_args
+from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from omegaconf import DictConfig
@@ -13,24 +14,11 @@ from torchtune import config, training
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
+from pact_tune.adapters import LoRASpec
 from pact_tune.errors import UserError, unknown_key
 
 ATTENTION_MODULES = get_args(LORA_ATTN_MODULES)
 NF4_BLOCK = 64 * 256  # weights that share one second-level scale; NF4 takes multiples of it only
-
-
-class LoRASpec(NamedTuple):
-    """What an exporter must know of the adapter, which torchtune sets alike for all layers.
-
-    Attributes:
-        rank (int): r.
-        alpha (float): the update is scaled by alpha / r.
-        dora (bool): DoRA: the updated weight's rows are scaled to learned magnitudes.
-    """
-
-    rank: int
-    alpha: float
-    dora: bool
 
 
 def modules(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
@@ -38,12 +26,13 @@ def modules(model: nn.Module) -> dict[str, LoRALinear | DoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | DoRALinear)}
 
 
-def build(cfg_model: DictConfig, world_size: int = 1) -> nn.Module:
-    """Builds a model, with adapters or without, on the current device.
+def build(cfg_model: DictConfig, world_size: int = 1, adapter_dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Builds a model, with adapters or without, on the current device and in the current dtype.
 
     Args:
         cfg_model (DictConfig): section `model` of the config.
         world_size (int): processes that will share it.
+        adapter_dtype (torch.dtype): of LoRA's and DoRA's own weights.
 
     Returns:
         nn.Module: the model, its weights not yet loaded.
@@ -64,14 +53,39 @@ def build(cfg_model: DictConfig, world_size: int = 1) -> nn.Module:
         )
         raise UserError(f"Section 'model' cannot be built: {error}{hint}") from error
     _check(model, world_size)
+    for layer in modules(model).values():
+        _set_dtype(layer, adapter_dtype)
     return model
+
+
+def _set_dtype(layer: LoRALinear | DoRALinear, dtype: torch.dtype) -> None:
+    """Gives an adapter a dtype of its own: its input is cast to that, and the layer's result back to its input's.
+
+    A step of 3e-5 on a weight of 0.01 is lost in bf16, whose numbers there lie 6e-5 apart. PEFT casts in the same places.
+    """
+    if layer.lora_a.weight.dtype is dtype:
+        return
+    for part in (layer.lora_a, layer.lora_b):
+        part.to(dtype)
+    if isinstance(layer, DoRALinear):
+        layer.magnitude = nn.Parameter(layer.magnitude.to(dtype))
+    layer.lora_a.register_forward_pre_hook(_cast_input)
+    layer.register_forward_hook(_cast_result)
+
+
+def _cast_input(module: nn.Linear, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return inputs[0].to(module.weight.dtype)
+
+
+def _cast_result(module: nn.Module, inputs: tuple[torch.Tensor], result: torch.Tensor) -> torch.Tensor:
+    return result.to(inputs[0].dtype)
 
 
 def _check(model: nn.Module, world_size: int) -> None:
     if isinstance(model.norm, Gemma2FinalNorm):
         raise UserError(
             "torchtune's own gemma2 builders compute another network than Gemma 2 (they soft-cap the hidden state, not the "
-            "logits): name one of pact_tune.torchtune.gemma2, such as lora_gemma2_9b, in model._component_."
+            "logits): set model._component_: pact_tune.torchtune.from_checkpoint."
         )
     layers = modules(model)
     dora = [name for name, layer in layers.items() if isinstance(layer, DoRALinear)]
@@ -109,30 +123,16 @@ def quantized_names(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, NF4Tensor)]
 
 
-def dequantized(base: dict[str, torch.Tensor], quantized: list[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Base weights as a QLoRA model computes with them: rounded to NF4 and back.
-
-    Args:
-        base (dict[str, torch.Tensor]): weights of the checkpoint.
-        quantized (list[str]): those that the model holds in NF4.
-        dtype (torch.dtype): of the model.
-
-    Returns:
-        dict[str, torch.Tensor]: the same names; ``base`` itself is left as it is.
-    """
-    return base | {name: _through_nf4(base[name].to(dtype)).to(base[name].dtype) for name in quantized}
-
-
 def _through_nf4(weight: torch.Tensor) -> torch.Tensor:
     return to_nf4(weight.contiguous()).get_original_weight()
 
 
-def initial_adapter(model: nn.Module, base: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+def initial_adapter(model: nn.Module, base: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     """A fresh adapter: A Kaiming-uniform and B zero, as in torchtune, but from the seed alone.
 
     Args:
         model (nn.Module): with LoRA; may lie on the meta device.
-        base (dict[str, torch.Tensor]): its base weights, whose row norms DoRA's magnitudes start from.
+        base (Mapping[str, torch.Tensor]): its base weights, whose row norms DoRA's magnitudes start from.
         seed (int): equal seeds give equal adapters, whatever the number of processes.
 
     Returns:
@@ -147,28 +147,19 @@ def initial_adapter(model: nn.Module, base: dict[str, torch.Tensor], seed: int) 
         adapter[f"{name}.lora_a.weight"] = a.to(dtype)
         adapter[f"{name}.lora_b.weight"] = torch.zeros(layer.lora_b.weight.shape, dtype=dtype)
         if isinstance(layer, DoRALinear):
-            weight = base[f"{name}.weight"].to(dtype)
+            weight = base[f"{name}.weight"].to(layer.weight.dtype)
             if layer._quantize_base:
                 weight = _through_nf4(weight)
-            adapter[f"{name}.magnitude"] = torch.linalg.norm(weight, dim=1)
+            adapter[f"{name}.magnitude"] = torch.linalg.norm(weight.to(dtype), dim=1)
     return adapter
 
 
-def shard(
-    model: nn.Module,
-    base: dict[str, torch.Tensor],
-    adapter: dict[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-    reshard_after_forward: bool,
-) -> None:
-    """Shards a model that lies on the meta device with FSDP2 and loads it.
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype, reshard_after_forward: bool) -> None:
+    """Shards a model that lies on the meta device with FSDP2; its weights stay there until :func:`fill`.
 
     Args:
         model (nn.Module): on the meta device.
-        base (dict[str, torch.Tensor]): whole base weights, on the CPU.
-        adapter (dict[str, torch.Tensor]): whole adapter weights, on the CPU.
-        device (torch.device): where the shards go.
+        device (torch.device): where its buffers go.
         dtype (torch.dtype): of buffers such as the rotary tables' inputs.
         reshard_after_forward (bool): free each layer's whole weights after its forward.
     """
@@ -180,8 +171,42 @@ def shard(
         for module in model.modules():
             if hasattr(module, "rope_init"):
                 module.rope_init()
-    training.load_from_full_model_state_dict(model, base | adapter, device, strict=True)
-    training.validate_no_params_on_meta_device(model)
+
+
+def fill(
+    model: nn.Module, base: Mapping[str, torch.Tensor], adapter: dict[str, torch.Tensor], device: torch.device
+) -> None:
+    """Loads a model's weights; every rank reads them itself and holds one whole tensor beside its shards.
+
+    Args:
+        model (nn.Module): on the device, or sharded and on the meta device.
+        base (Mapping[str, torch.Tensor]): whole base weights by name, read one by one.
+        adapter (dict[str, torch.Tensor]): whole adapter weights, on the CPU.
+        device (torch.device): where the weights go.
+    """
+    shards = {}
+    with torch.no_grad():
+        for wrapped, parameter in model.named_parameters():
+            name = unwrapped(wrapped)
+            value = adapter[name] if name in adapter else base[name]
+            if isinstance(parameter, DTensor):
+                shards[name] = _shard_of(value.to(device, parameter.dtype), parameter)
+            else:
+                parameter.copy_(value.to(parameter.dtype))
+    if shards:
+        model.load_state_dict(shards, strict=True, assign=True)
+        training.validate_no_params_on_meta_device(model)
+
+
+def _shard_of(whole: torch.Tensor, like: DTensor) -> DTensor:
+    """This rank's part of a whole tensor; nothing is sent."""
+    if not isinstance(like._local_tensor, NF4Tensor):
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    mesh, quantized = like.device_mesh, to_nf4(whole)
+    part = quantized.chunk(mesh.size())[mesh.get_local_rank()]  # build() has made sure that the processes divide it
+    local = quantized.new_zeros(part.size())
+    local[: part.size(0)].copy_(part)  # a copy, so that the whole is freed
+    return DTensor(local_tensor=local, spec=like._spec, requires_grad=False)  # from_local() takes no NF4
 
 
 def load(model: nn.Module, trained: dict[str, torch.Tensor]) -> None:
@@ -208,8 +233,9 @@ def gather(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     # Not from state_dict(), which would dequantise a QLoRA model's base weights on the way.
-    return {
-        name.replace("_checkpoint_wrapped_module.", ""): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {unwrapped(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without what activation checkpointing and compilation put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")

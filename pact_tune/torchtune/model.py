@@ -1,13 +1,14 @@
 """A torchtune decoder as the core sees it: hidden states go in, the few numbers that a loss needs come out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import MultiHeadAttention, TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.peft import disable_adapter
 
 from pact_tune.batching import Batch, collate
@@ -33,6 +34,9 @@ class Decoder:
         self.model = model
         self.pad_id = pad_id
         self.device = device
+        self._stochastic = {
+            m: m.attn_dropout for m in model.modules() if isinstance(m, MultiHeadAttention) and m.attn_dropout
+        }
         *_, last = (m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer))
         last.forward = partial(self._last_layer, last)
         model.unembed = self._unembed
@@ -97,8 +101,19 @@ class Decoder:
             parts = [read_columns(self._logits(part), columns) for part in rows.split(CHUNK)]
             return torch.cat(parts) if parts else rows.new_empty(0, columns.width, dtype=torch.float32)
 
-        with torch.no_grad(), disable_adapter(self.model):
+        with torch.no_grad(), disable_adapter(self.model), self._deterministic():
             return self._forward(batch, read)
+
+    @contextmanager
+    def _deterministic(self) -> Iterator[None]:
+        """Without the dropout of attention: a reference is the same each time it is read."""
+        for attention in self._stochastic:
+            attention.attn_dropout = 0.0
+        try:
+            yield
+        finally:
+            for attention, dropout in self._stochastic.items():
+                attention.attn_dropout = dropout
 
     def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         """Full logits of hidden rows ``[n, H]``: ``[n, V]`` float32."""
