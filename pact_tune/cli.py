@@ -16,6 +16,7 @@ COMMANDS = {
     ("validate",): ("pact_tune.tools.configs", "check a config, by name or path"),
     ("verify",): ("pact_tune.tools.verify", "check a result: constrained, unaltered, loads; its KL to the reference"),
     ("merge",): ("pact_tune.tools.merge", "merge a LoRA adapter into its base model"),
+    ("import-gguf",): ("pact_tune.tools.import_gguf", "write a GGUF file as a Hugging Face checkpoint"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
     ("tokens", "from-templates"): (
         "pact_tune.tools.safety_tokens_from_templates",

@@ -1,0 +1,1 @@
+"""What touches Hugging Face transformers beyond its tokenizers."""
