@@ -17,6 +17,8 @@ COMMANDS = {
     ("verify",): ("pact_tune.tools.verify", "check a result: constrained, unaltered, loads; its KL to the reference"),
     ("merge",): ("pact_tune.tools.merge", "merge a LoRA adapter into its base model"),
     ("import-gguf",): ("pact_tune.tools.import_gguf", "write a GGUF file as a Hugging Face checkpoint"),
+    ("evaluate",): ("pact_tune.tools.evaluate", "ask models the benchmarks, judge the answers, compare"),
+    ("compare",): ("pact_tune.tools.compare", "evaluations side by side: table and page"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
     ("tokens", "from-templates"): (
         "pact_tune.tools.safety_tokens_from_templates",

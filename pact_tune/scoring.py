@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,28 +117,55 @@ def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (reference.exp() * (reference - other)).sum(-1)
 
 
-def response_kl(
-    reference: torch.nn.Module, other: torch.nn.Module, pairs: Sequence[Pair], tokens_per_batch: int = 4096
-) -> list[torch.Tensor]:
-    """KL(reference || other) over the whole vocabulary at each position of given responses.
+@dataclass(frozen=True)
+class Comparison:
+    """A model beside a frozen one at the positions of one response.
+
+    Attributes:
+        kl (torch.Tensor): KL(reference || model) over the whole vocabulary, ``[n]`` in nats.
+        loss (torch.Tensor): the model's cross-entropy of each token, ``[n]`` in nats.
+        mass (torch.Tensor): the model's probability of the given columns together, ``[n]``.
+    """
+
+    kl: torch.Tensor
+    loss: torch.Tensor
+    mass: torch.Tensor
+
+
+def compare(
+    reference: torch.nn.Module,
+    model: torch.nn.Module,
+    pairs: Sequence[Pair],
+    columns: Sequence[int] = (),
+    tokens_per_batch: int = 4096,
+) -> list[Comparison]:
+    """Compares a model with a frozen one on given responses; no tensor of responses times vocabulary is whole.
 
     Args:
         reference (torch.nn.Module): the frozen model.
-        other (torch.nn.Module): the one under test, with as many rows in its head, on the same kind of device.
+        model (torch.nn.Module): the one under test, with as many rows in its head, on the same kind of device.
         pairs (Sequence[Pair]): prompts and responses.
+        columns (Sequence[int]): token ids whose probability is summed.
         tokens_per_batch (int): padded tokens of a forward pass.
 
     Returns:
-        list[torch.Tensor]: ``[tokens of the response]`` in nats, on the CPU, one a pair, in order. See
-        :func:`mean_by_range`.
+        list[Comparison]: on the CPU, one a pair, in order. See :func:`mean_by_range`.
     """
-    per_token: dict[int, torch.Tensor] = {}
+    found: dict[int, Comparison] = {}
     for batch in batches_by_length([len(p) + len(r) for p, r in pairs], tokens_per_batch):
         rows = [pairs[i] for i in batch]
-        chunks = zip(response_logits(reference, rows), response_logits(other, rows), strict=True)
-        values = torch.cat([token_kl(p.log_softmax(-1), q.log_softmax(-1)).cpu() for p, q in chunks])
-        per_token |= zip(batch, values.split([len(response) for _, response in rows]), strict=True)
-    return [per_token[i] for i in range(len(pairs))]
+        labels = torch.tensor([token for _, response in rows for token in response])
+        parts, start = [], 0
+        for p, q in zip(response_logits(reference, rows), response_logits(model, rows), strict=True):
+            p, q = p.log_softmax(-1), q.log_softmax(-1)
+            label = labels[start : start + len(q)].to(q.device)
+            loss = -q.gather(1, label[:, None])[:, 0]
+            mass = q[:, list(columns)].exp().sum(-1)
+            parts.append(torch.stack([token_kl(p, q.to(p.device)).cpu(), loss.cpu(), mass.cpu()]))
+            start += len(q)
+        split = torch.cat(parts, dim=1).split([len(response) for _, response in rows], dim=1)
+        found |= zip(batch, [Comparison(*values) for values in split], strict=True)
+    return [found[i] for i in range(len(pairs))]
 
 
 def mean_by_range(per_token: Sequence[torch.Tensor]) -> dict[str, float]:

@@ -35,12 +35,14 @@ def test_batches_and_chunks_change_no_score(pair, monkeypatch):
     for tokens_per_batch in (8, 64, 4096):
         rows = list(scoring.response_logprobs(model, pairs, tokens_per_batch))
         labels = scoring.token_logprobs(model, pairs, tokens_per_batch)
-        kl = scoring.response_kl(model, other, pairs, tokens_per_batch)
-        for row, label, distance, (prompt, response) in zip(rows, labels, kl, pairs, strict=True):
+        compared = scoring.compare(model, other, pairs, [5, 7], tokens_per_batch)
+        for row, label, distance, (prompt, response) in zip(rows, labels, compared, pairs, strict=True):
             p, q = whole(model, prompt, response), whole(other, prompt, response)
             torch.testing.assert_close(row, p, rtol=0, atol=2e-5)
             torch.testing.assert_close(label, p[range(len(response)), response], rtol=0, atol=2e-5)
-            torch.testing.assert_close(distance, (p.exp() * (p - q)).sum(-1), rtol=0, atol=2e-4)
+            torch.testing.assert_close(distance.loss, -q[range(len(response)), response], rtol=0, atol=2e-5)
+            torch.testing.assert_close(distance.mass, q[:, [5, 7]].exp().sum(-1), rtol=0, atol=2e-5)
+            torch.testing.assert_close(distance.kl, (p.exp() * (p - q)).sum(-1), rtol=0, atol=2e-4)
 
 
 def test_means_by_range():

@@ -46,8 +46,8 @@ def decode(tokenizer, response):
 
 def mean_kl(aligned, model, prompts, responses):
     """Return the mean KL(aligned || model) in nats over all response positions and the full vocabulary."""
-    per_token = scoring.response_kl(aligned, model, list(zip(prompts, responses, strict=True)))
-    return scoring.mean_by_range(per_token)["all"]
+    compared = scoring.compare(aligned, model, list(zip(prompts, responses, strict=True)))
+    return scoring.mean_by_range([row.kl for row in compared])["all"]
 
 
 def safety_probability(model, prompts, responses, safety_ids):

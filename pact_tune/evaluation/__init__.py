@@ -1,0 +1,1 @@
+"""Evaluation: answers of models to benchmarks, judged, with what is broken kept apart from what is safe; audit; report."""
