@@ -86,6 +86,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             f"No tokenizer could be loaded from '{path}': give a folder with tokenizer.json and tokenizer_config.json, "
             f"or a Hub name that is downloaded or reachable ({one_line(error)})."
         ) from error
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        # From config.json alone transformers makes a tokenizer of no tokens.
+        raise UserError(
+            f"No tokenizer could be loaded from '{path}': there is a model but no vocabulary; copy tokenizer.json and "
+            "tokenizer_config.json from where the model was made."
+        )
     if not tokenizer.chat_template:
         raise UserError(
             f"The tokenizer in '{path}' has no chat template; use the instruct model's tokenizer, "

@@ -1,9 +1,7 @@
 """What evaluation and training write down: JSONL files that a killed run goes on with, and the figures' records."""
 
-import contextlib
-import fcntl
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,27 +86,6 @@ class Journal:
                 ) from error
             records.append(record)
         return records
-
-
-@contextlib.contextmanager
-def only_writer(folder: str | Path) -> Iterator[None]:
-    """Holds a folder for one process at a time; the lock goes with the process, however it ends.
-
-    Args:
-        folder (str | Path): made where it does not exist.
-
-    Raises:
-        UserError: another process works in the folder.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with (Path(folder) / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(
-                f"Another process is writing to '{folder}': wait for it, or choose another folder."
-            ) from error
-        yield
 
 
 # --- what training logs for the paper's figures

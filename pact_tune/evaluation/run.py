@@ -16,8 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from pact_tune import scoring
 from pact_tune.errors import UserError
@@ -25,8 +24,10 @@ from pact_tune.evaluation import benchmarks, coherence, judges
 from pact_tune.evaluation.answering import Local, Model
 from pact_tune.evaluation.benchmarks import Loaded
 from pact_tune.evaluation.judges import Answered, Judge
-from pact_tune.evaluation.records import Journal, Record, only_writer
+from pact_tune.evaluation.records import Journal, Record
 from pact_tune.files import atomic_file, remove_partial
+from pact_tune.log import progress
+from pact_tune.run_lock import run_lock
 from pact_tune.safety_tokens import SafetyTokens
 
 SUMMARY_FILE = "summary.json"
@@ -99,7 +100,7 @@ def evaluate(evaluation: Evaluation, plan: Plan) -> Record:
     Raises:
         UserError: another process writes there, files of other settings are there, or a judge or endpoint fails.
     """
-    with only_writer(evaluation.folder):
+    with run_lock(evaluation.folder):
         remove_partial(evaluation.folder)
         entries = {}
         for loaded in plan.loaded:
@@ -381,7 +382,7 @@ def _write_summary(evaluation: Evaluation, plan: Plan, entries: dict[str, Record
 
 def add_harness(folder: Path, results: Record) -> None:
     """Notes results of lm-evaluation-harness in a model's summary: task -> metric, value, standard error, rows."""
-    with only_writer(folder):
+    with run_lock(folder):
         summary = read_summary(folder)
         summary["harness"] = summary.get("harness", {}) | results
         _write(folder / SUMMARY_FILE, summary)
@@ -396,5 +397,5 @@ def _fingerprint(records: list[Record]) -> str:
     return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _bar(plan: Plan, total: int, description: str) -> tqdm:
-    return tqdm(total=total, desc=description, unit="row", disable=not plan.progress)
+def _bar(plan: Plan, total: int, description: str) -> Any:
+    return progress(total=total, desc=description, unit="row", disable=not plan.progress)
