@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+from pact_tune import log
 from pact_tune.errors import UserError
 from pact_tune.version import __version__
 
@@ -36,6 +37,9 @@ COMMANDS = {
 }
 
 
+TRUST_HELP = "let the model folder's own Python code run (read it first)"
+
+
 def _usage() -> str:
     rows = [f"  pact {' '.join(words):<24} {text}" for words, (_, text) in COMMANDS.items()]
     return "usage: pact COMMAND ... (each command has --help)\n\n" + "\n".join(rows)
@@ -49,8 +53,12 @@ def main(argv: list[str] | None = None) -> int:
 
     Returns:
         int: exit code; 0 when it worked.
+
+    Raises:
+        UserError: instead of its message alone, where PACT_TUNE_DEBUG=1 asks for tracebacks.
     """
     argv = sys.argv[1:] if argv is None else argv
+    log.setup()
     group = argv[:1] in (["tokens"], ["cache"])
     if argv[group:] in ([], ["-h"], ["--help"]):
         print(_usage())
@@ -69,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return tool.main(rest) or 0
     except UserError as error:
+        if log.debugging():
+            raise
         print(f"pact: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # `| head` has read enough

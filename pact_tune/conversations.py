@@ -14,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pact_tune.errors import UserError
+from pact_tune.errors import UserError, cannot_load, one_line
 
 # Llama 3.2's template writes the day on which it is rendered, unless it is given one. Equal data must be equal tokens
 # tomorrow (cached references, a run that is resumed after midnight), so it gets the day that Llama 3.1's template writes.
@@ -67,11 +67,12 @@ class Conversation:
         return sum(end - start for start, end in self.responses)
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads a Hugging Face tokenizer and makes sure that it can render chats and pad.
 
     Args:
         path (str): folder or Hub name.
+        trust_remote_code (bool): let the folder's own Python code run, where its tokenizer is made by such.
 
     Returns:
         PreTrainedTokenizerBase: the tokenizer, with a pad token.
@@ -80,8 +81,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         UserError: no tokenizer there, or one without a chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # Not given, transformers would ask on standard input, and take a "y" that was meant for something else.
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged tokenizer.json raises whatever its parser stumbles over
+        if "trust_remote_code" in str(error):
+            raise cannot_load("tokenizer", path, error) from error
         raise UserError(
             f"No tokenizer could be loaded from '{path}': give a folder with tokenizer.json and tokenizer_config.json, "
             f"or a Hub name that is downloaded or reachable ({one_line(error)})."
@@ -347,12 +351,6 @@ def response_only_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool = True) -
     if bos and ids[0] != tokenizer.bos_token_id and encode(tokenizer, without)[:1] == [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
     return tuple(ids)
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, as one line without a full stop, cut to 200 characters, to stand inside a message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")
 
 
 def vocabulary_size(checkpoint_dir: str | Path) -> int:

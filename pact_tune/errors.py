@@ -11,6 +11,45 @@ class UserError(ValueError):
     """
 
 
+def cannot_load(what: str, where: object, error: Exception, mend: str = "") -> UserError:
+    """Builds the error for a model or tokenizer that transformers does not load.
+
+    Args:
+        what (str): "model", "tokenizer".
+        where (object): folder or Hub name.
+        error (Exception): what transformers raised.
+        mend (str): what to do about it, where it is not remote code.
+
+    Returns:
+        UserError: says when the reason is that its owner's code would have to run.
+    """
+    if "trust_remote_code" in str(error):
+        return UserError(
+            f"The {what} in '{where}' needs code of its own to be run: read its .py files, and if you trust them, allow it "
+            "with --trust-remote-code (in a config: tokenizer.trust_remote_code=True)."
+        )
+    return UserError(f"The {what} in '{where}' could not be loaded{mend} ({one_line(error)}).")
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, as one line without a full stop, cut to 200 characters, to stand inside a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")
+
+
+def printable(text: object) -> str:
+    """Somebody else's text for a terminal: without escape codes, changes of direction, half characters.
+
+    Args:
+        text (object): anything; ``str`` of it is shown.
+
+    Returns:
+        str: one line, in which whatever is not printable is written as Python's escape, a backslash doubled.
+    """
+    shown = (c if c.isprintable() and c != "\\" else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(shown)
+
+
 def unknown_key(key: str, valid: Iterable[str], where: str) -> UserError:
     """Builds the error for a key nobody reads.
 

@@ -22,7 +22,7 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from pact_tune.errors import UserError
+from pact_tune.errors import UserError, printable
 
 PARTIAL, OLD = ".pact.partial", ".pact.old"
 _ASIDE = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}(?P<kind>\.pact\.partial|\.pact\.old)")
@@ -138,6 +138,15 @@ def check_replaceable(path: str | os.PathLike, marker: str | None, names: Collec
         raise UserError(
             f"The folder '{path}' holds '{foreign[0]}', which was not written by this command and would be lost: move it "
             "away, or choose another place."
+        )
+
+
+def check_subfolder(name: str) -> None:
+    """Raises UserError unless ``name`` is one or more folder names, below where it is looked for."""
+    parts = name.strip("/").split("/")
+    if not all(re.fullmatch(r"[\w.-]+", part) and set(part) != {"."} for part in parts):
+        raise UserError(
+            f"'{printable(name)}' is no folder name: use letters, digits, '-', '_' and '.', and '/' between names."
         )
 
 

@@ -14,8 +14,7 @@ from transformers import (
 )
 
 from pact_tune.batching import batches_by_length
-from pact_tune.conversations import one_line
-from pact_tune.errors import UserError
+from pact_tune.errors import cannot_load
 
 
 def load_model(
@@ -23,6 +22,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> torch.nn.Module:
     """Loads a model to compute with, not to train.
 
@@ -31,6 +31,7 @@ def load_model(
         device (str | torch.device | None): default: a GPU where there is one.
         dtype (torch.dtype | None): default: float32 on a CPU, else the checkpoint's own.
         device_map (str | None): "auto" spreads the model over several GPUs (needs accelerate); `device` says the kind.
+        trust_remote_code (bool): let the folder's own Python code run.
 
     Returns:
         torch.nn.Module: in eval mode, on the device.
@@ -40,10 +41,12 @@ def load_model(
     """
     device = torch.device(device or default_device())
     try:
-        dtype = dtype or compute_dtype(folder, device)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device_map)
+        dtype = dtype or compute_dtype(folder, device, trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a damaged file raises safetensors' own types, a missing package ImportError
-        raise UserError(f"The model in '{folder}' could not be loaded ({one_line(error)}).") from error
+        raise cannot_load("model", folder, error) from error
     return (model if device_map else model.to(device)).eval()
 
 
@@ -52,9 +55,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def compute_dtype(folder: str | Path, device: torch.device) -> torch.dtype:
+def compute_dtype(folder: str | Path, device: torch.device, trust_remote_code: bool = False) -> torch.dtype:
     """What a checkpoint is computed in unless told otherwise: float32 on a CPU, else its own type."""
-    return torch.float32 if device.type == "cpu" else AutoConfig.from_pretrained(folder).dtype or torch.float32
+    if device.type == "cpu":
+        return torch.float32
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or torch.float32
 
 
 def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,23 +1,20 @@
-"""Models and safety tokens on the Hugging Face Hub: names, download, publishing.
+"""Models and safety tokens on the Hugging Face Hub: names, download, commits.
 
 Everything goes through the huggingface_hub client, so HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and its cache
 mean what they mean elsewhere.
 """
 
-import functools
 import hashlib
 import io
-import json
 import re
 import shutil
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -28,15 +25,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pact_tune.errors import UserError
+from pact_tune.errors import UserError, one_line, printable
 from pact_tune.families import MODELS as KNOWN
-from pact_tune.files import atomic_folder
-
-if TYPE_CHECKING:
-    from pact_tune.safety_tokens import SafetyTokens
+from pact_tune.files import atomic_folder, check_subfolder
 
 FILES = ("safety_tokens.json", "safety_tokens.safetensors")
-ATTEMPTS = 3  # of calls that the client mostly retries itself
+MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+ATTEMPTS = 5  # of calls that the client mostly retries itself
+SECONDS = 60.0  # without a byte, after which a request has failed
 WAIT = 1.0  # seconds before the second attempt; doubles
 PASSING = (408, 429, 500, 502, 503, 504)
 
@@ -50,12 +46,13 @@ class NotPublishedError(UserError):
 # --- models
 
 
-def model_folder(name: str | Path, revision: str | None = None) -> Path:
+def model_folder(name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """A model's files on this machine, downloaded where need be.
 
     Args:
         name (str | Path): a folder, or a Hub name.
         revision (str | None): branch, tag or commit of a Hub name.
+        trust_remote_code (bool): fetch its Python code, too.
 
     Returns:
         Path: folder with config, tokenizer and safetensors weights.
@@ -72,26 +69,17 @@ def model_folder(name: str | Path, revision: str | None = None) -> Path:
             snapshot_download(
                 str(name),
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+                allow_patterns=[*MODEL_FILES, *(["*.py"] if trust_remote_code else [])],
                 ignore_patterns=["*/*", "consolidated*"],
             )
         ),
-        f"The model '{name}' could not be downloaded",
+        f"There is no folder '{name}' on this machine, and as a model of the Hub it could not be downloaded",
     )
 
 
-@functools.cache
-def model_version(folder: Path) -> str:
-    """The commit of a model from the Hub's cache, or a hash over the weight files of a folder."""
-    if folder.parent.name == "snapshots":
-        return folder.name
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 24):
-                digest.update(block)
-    return f"sha256:{digest.hexdigest()}"
+def commit_of(folder: Path) -> str | None:
+    """The commit of a model that lies in the Hub's cache; None elsewhere."""
+    return folder.name if folder.parent.name == "snapshots" else None
 
 
 # --- download
@@ -126,13 +114,15 @@ def download(source: str, revision: str | None = None, subfolder: str | None = N
         raise UserError(
             f"'{source}' is neither a folder, nor NAMESPACE/NAME of the Hub, nor one of: {', '.join(sorted(KNOWN))}."
         )
+    if subfolder:
+        check_subfolder(subfolder)
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     place = (
         f"'{source}'" + (f", folder '{subfolder}'" if subfolder else "") + (f", at '{revision}'" if revision else "")
     )
     root = _retry(
         lambda: Path(snapshot_download(source, revision=revision, allow_patterns=[prefix + name for name in FILES])),
-        f"The safety tokens of {place} could not be downloaded",
+        f"There is no folder {place} on this machine, and as safety tokens of the Hub it could not be downloaded",
     )
     for name in FILES:
         if not (root / prefix / name).exists():
@@ -185,14 +175,21 @@ class Published:
 
 
 def publish(
-    tokens: "SafetyTokens", repo: str, subfolder: str, *, private: bool = False, dry_run: bool = False
+    files: Mapping[str, bytes],
+    repo: str,
+    subfolder: str,
+    *,
+    title: str,
+    private: bool = False,
+    dry_run: bool = False,
 ) -> Published:
-    """Publishes safety tokens: one commit with tensors, JSON and model card, and a tag; nothing when nothing changed.
+    """Publishes a model's folder: one commit and a tag; nothing when nothing changed.
 
     Args:
-        tokens (SafetyTokens): what to publish.
+        files (Mapping[str, bytes]): name in the folder to content.
         repo (str): "namespace/repository", made where it does not exist; one a model family.
         subfolder (str): folder of the model.
+        title (str): of the commit.
         private (bool): the repository must be private.
         dry_run (bool): find out what would change, and write nothing.
 
@@ -203,16 +200,19 @@ def publish(
         UserError: no login, no right, no network, or the repository is public where a private one was asked for.
     """
     if not re.fullmatch(r"[\w.-]+", subfolder) or set(subfolder) == {"."}:
-        raise UserError(f"'{subfolder}' is no folder name for a model: use letters, digits, '-', '_' and '.'.")
-    with tempfile.TemporaryDirectory() as directory:
-        tokens.save(Path(directory) / subfolder)
-        local = {f"{subfolder}/{name}": (Path(directory) / subfolder / name).read_bytes() for name in FILES}
-    local[f"{subfolder}/README.md"] = model_card(tokens, repo, subfolder).encode()
-    api, failed = HfApi(), f"The safety tokens could not be published to '{repo}'"
-    return _retry(lambda: _publish(api, repo, subfolder, local, private, dry_run), failed)
+        raise UserError(
+            f"'{printable(subfolder)}' is no folder name for a model: use letters, digits, '-', '_' and '.'."
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise UserError(f"'{printable(repo)}' is no NAMESPACE/NAME of the Hub.")
+    local = {f"{subfolder}/{name}": content for name, content in files.items()}
+    api, failed = HfApi(), f"'{repo}' could not be published to"
+    return _retry(lambda: _publish(api, repo, subfolder, local, title, private, dry_run), failed)
 
 
-def _publish(api: HfApi, repo: str, subfolder: str, local: dict[str, bytes], private: bool, dry_run: bool) -> Published:
+def _publish(
+    api: HfApi, repo: str, subfolder: str, local: dict[str, bytes], title: str, private: bool, dry_run: bool
+) -> Published:
     """One attempt; each step looks at what is there, so that it can be made again after a failure half-way."""
     if not dry_run:
         api.whoami()  # without it, a missing login shows as a missing repository
@@ -242,7 +242,7 @@ def _publish(api: HfApi, repo: str, subfolder: str, local: dict[str, bytes], pri
             repo,
             # A buffer makes the client use LFS, which every Hub speaks; bytes go to Xet storage where hf_xet is installed.
             [CommitOperationAdd(path, io.BytesIO(local[path])) for path in changed],
-            commit_message=f"Safety tokens of {subfolder}",
+            commit_message=title,
             parent_commit=commit,
         ).oid
     if not tagged:
@@ -267,60 +267,6 @@ def _latest_version(api: HfApi, repo: str, subfolder: str) -> int:
     return max((int(match[1]) for match in names if match), default=0)
 
 
-def model_card(tokens: "SafetyTokens", repo: str, subfolder: str) -> str:
-    """The card of one model: where the tokens come from, the first of them, how to use them (Markdown)."""
-    provenance = tokens.provenance
-    rows = [
-        f"| {rank} | {token_id} | {_cell(text)} | {weight:.5f} | {probability:.5f} |"
-        for rank, (token_id, text, weight, probability) in enumerate(
-            zip(
-                tokens.ids.tolist()[:20],
-                tokens.tokens[:20],
-                tokens.weights.tolist()[:20],
-                tokens.reference_probability.tolist()[:20],
-                strict=True,
-            ),
-            1,
-        )
-    ]
-    facts = [f"| {name} | {_cell(value)} |" for name, value in sorted(provenance.items())]
-    return "\n".join(
-        [
-            f"# Safety tokens of {subfolder}",
-            "",
-            f"{len(tokens)} tokens that {provenance.get('aligned_model', 'the aligned model')} prefers while it refuses, and "
-            "their weights, for fine-tuning that keeps refusals (PACT, arXiv 2603.07445).",
-            "",
-            "## Use",
-            "",
-            "```python",
-            "from pact_tune import SafetyTokens",
-            "",
-            f'tokens = SafetyTokens.load("{repo}", subfolder="{subfolder}")',
-            "```",
-            "",
-            f"or `pact tokens download {repo} --subfolder {subfolder} --output {subfolder}`.",
-            "",
-            "## The first tokens",
-            "",
-            "| rank | id | token | weight | mean reference probability |",
-            "|---|---|---|---|---|",
-            *rows,
-            "",
-            "## Provenance",
-            "",
-            "| what | value |",
-            "|---|---|",
-            *facts,
-            "",
-        ]
-    )
-
-
-def _cell(value: object) -> str:
-    return "`" + json.dumps(value, ensure_ascii=False).replace("|", "\\|").replace("`", "'") + "`"
-
-
 def _repository_card(repo: str, folders: list[str]) -> str:
     return "\n".join(
         [
@@ -333,7 +279,8 @@ def _repository_card(repo: str, folders: list[str]) -> str:
             "",
             "Safety tokens for pact-tune, one folder a model; each has its own card.",
             "",
-            *(f"- [{folder}]({folder}/README.md)" for folder in folders),
+            # What others put there may have any name.
+            *(f"- [{f}]({f}/README.md)" for f in folders if re.fullmatch(r"[\w.-]+", f)),
             "",
         ]
     )
@@ -351,6 +298,7 @@ def save_copy(folder: Path, output: str | Path) -> None:
 
 def _retry(call: Callable[[], T], failed: str) -> T:
     """Calls until it works, some times where waiting may help, and puts the last failure in one sentence."""
+    _limit_time()
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
@@ -364,9 +312,23 @@ def _retry(call: Callable[[], T], failed: str) -> T:
     raise AssertionError("unreachable")
 
 
+def _limit_time() -> None:
+    """Gives every request of the client a time limit; by default many of them wait for ever."""
+    session = get_session()
+    if _set_limits not in session.event_hooks["request"]:
+        session.event_hooks = session.event_hooks | {"request": [*session.event_hooks["request"], _set_limits]}
+
+
+def _set_limits(request: Any) -> None:
+    limits = request.extensions.get("timeout") or {}
+    request.extensions["timeout"] = {
+        kind: min(limits.get(kind) or SECONDS, SECONDS) for kind in ("connect", "read", "write", "pool")
+    }
+
+
 def _root(error: BaseException) -> BaseException:
     """The failure behind the client's "not in the cache either" or "error while uploading"."""
-    while error.__cause__ and not (isinstance(error, HfHubHTTPError) or _is_network(error)):
+    while error.__cause__ and not (isinstance(error, HfHubHTTPError) or _is_network(error) or _is_foreign(error)):
         error = error.__cause__
     return error
 
@@ -379,6 +341,15 @@ def _is_network(error: BaseException) -> bool:
     )
 
 
+def _is_late(error: BaseException) -> bool:
+    return any("Timeout" in cls.__name__ for cls in type(error).__mro__)
+
+
+def _is_foreign(error: BaseException) -> bool:
+    """Not what a Hub answers: no JSON where JSON is due, a file without the Hub's headers."""
+    return type(error).__name__ in ("JSONDecodeError", "FileMetadataError")
+
+
 def _is_truncated(error: BaseException) -> bool:
     return isinstance(error, OSError) and "Consistency check failed" in str(error)
 
@@ -386,7 +357,7 @@ def _is_truncated(error: BaseException) -> bool:
 def _may_pass(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING
-    return _is_network(error) or _is_truncated(error)
+    return (_is_network(error) and not _is_late(error)) or _is_truncated(error)
 
 
 def _reason(error: BaseException) -> str:
@@ -400,7 +371,9 @@ def _reason(error: BaseException) -> str:
         reasons = {
             401: "you are not logged in, or your token is not valid there, or there is no such repository: check the name, "
             "and log in with `hf auth login` or set HF_TOKEN.",
-            403: "your token has no right to do this: use one with write access.",
+            403: "you have no right to read it: ask for access on its Hub page, or use a token that has it."
+            if error.response.request.method in ("GET", "HEAD")
+            else "your token has no right to do this: use one with write access.",
             404: "there is no such repository (or it is private and your token cannot see it): check the name.",
             409: "the repository was changed meanwhile: try again.",
             412: "the repository was changed meanwhile: try again.",
@@ -415,6 +388,13 @@ def _reason(error: BaseException) -> str:
         return "this is no valid NAMESPACE/NAME."
     if _is_truncated(error):
         return f"the file arrived cut short, {ATTEMPTS} times: try again later."
+    if _is_late(error):
+        return f"the Hub did not answer within {SECONDS:g} seconds: try again later."
+    if _is_foreign(error):
+        return (
+            "what answers there is not the Hub (a page came instead of data): check HF_ENDPOINT, and whether a proxy or a "
+            "login page of the network stands in between."
+        )
     if _is_network(error):
         return "the Hub cannot be reached, or cut the connection (no network?)."
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return printable(one_line(error)) + "."

@@ -24,8 +24,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from pact_tune import hub
 from pact_tune.batching import batches_by_length
 from pact_tune.conversations import encode, end_of_turn, load_tokenizer, render, render_prompt, tokenizer_fingerprint
-from pact_tune.errors import UserError, unknown_key
+from pact_tune.errors import UserError, cannot_load, unknown_key
 from pact_tune.files import PARTIAL, atomic_file, check_replaceable, remove_partial
+from pact_tune.fingerprints import model_fingerprint
 from pact_tune.generation import (
     compute_dtype,
     default_device,
@@ -35,7 +36,17 @@ from pact_tune.generation import (
     generation_config,
     load_model,
 )
-from pact_tune.safety_tokens import Ranking, SafetyTokens, Weighting, decode_tokens, is_style, token_weights, top_k
+from pact_tune.safety_tokens import (
+    MAX_TOKENS,
+    Ranking,
+    SafetyTokens,
+    Weighting,
+    decode_tokens,
+    is_style,
+    token_weights,
+    top_k,
+    warn_of_ties,
+)
 from pact_tune.scoring import response_logits
 
 # What a work folder holds; the first says whose it is.
@@ -85,6 +96,7 @@ class _Run:
     rank: int
     world_size: int
     progress: bool
+    trust_remote_code: bool
 
 
 @dataclass
@@ -123,6 +135,7 @@ def identify_safety_tokens(
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     work_dir: str | Path | None = None,
     progress: bool = True,
+    trust_remote_code: bool = False,
 ) -> SafetyTokens:
     """Measures d(v) (Eq. 1-2) and chooses the safety tokens.
 
@@ -155,6 +168,7 @@ def identify_safety_tokens(
         dtype (Literal["auto", "float32", "bfloat16", "float16"]): "auto": float32 on CPU, else the checkpoint's.
         work_dir (str | Path | None): keeps finished work, so that the same call after a kill goes on from there.
         progress (bool): show progress bars.
+        trust_remote_code (bool): let the model folders' own Python code run.
 
     Returns:
         SafetyTokens: method "measured".
@@ -163,6 +177,8 @@ def identify_safety_tokens(
         UserError: the tokenizers differ, nothing can be measured, or `work_dir` belongs to other inputs.
     """
     _check_choices(ranking=ranking, weighting=weighting, average=average, base_prompting=base_prompting)
+    if k > MAX_TOKENS:
+        raise UserError(f"k is {k}, and at most {MAX_TOKENS} safety tokens are taken: choose fewer.")
     if min(k, max_response_tokens, tokens_per_batch, 1 if num_prompts is None else num_prompts) < 1 or temperature < 0:
         raise UserError("k, max_response_tokens, tokens_per_batch and num_prompts must be at least 1, temperature 0.")
     if leave_out_style and not benign_prompts:
@@ -170,9 +186,18 @@ def identify_safety_tokens(
     if responses is not None and len(responses) != len(prompts):
         raise UserError(f"There are {len(prompts)} prompts but {len(responses)} responses: give one response a prompt.")
     rank, world_size, device = _world(device)
-    folders = {"aligned": hub.model_folder(aligned, aligned_revision), "base": hub.model_folder(base, base_revision)}
-    tokenizer = load_tokenizer(str(folders["aligned"]))
-    _check_same_tokenizer(tokenizer, folders["base"], aligned, base)
+    folders = {
+        "aligned": hub.model_folder(aligned, aligned_revision, trust_remote_code),
+        "base": hub.model_folder(base, base_revision, trust_remote_code),
+    }
+    weights = {name: model_fingerprint(folder) for name, folder in folders.items()}
+    if weights["aligned"] == weights["base"]:
+        raise UserError(
+            f"'{aligned}' and '{base}' are the same model, so no token is more probable in one of them: give the "
+            "pre-trained model that the aligned one was made from as base."
+        )
+    tokenizer = load_tokenizer(str(folders["aligned"]), trust_remote_code)
+    _check_same_tokenizer(tokenizer, folders["base"], aligned, base, trust_remote_code)
     run = _Run(
         tokenizer=tokenizer,
         valid=torch.tensor(sorted(set(tokenizer.get_vocab().values()))),
@@ -190,6 +215,7 @@ def identify_safety_tokens(
         rank=rank,
         world_size=world_size,
         progress=progress and rank == 0,
+        trust_remote_code=trust_remote_code,
     )
     limit = min(_max_length(folder) for folder in folders.values())
     harmful, left_out = _corpus(run, "harmful", prompts[:num_prompts], responses, limit)
@@ -197,8 +223,10 @@ def identify_safety_tokens(
     models = {
         "aligned_model": _name(aligned),
         "base_model": _name(base),
-        "aligned_version": hub.model_version(folders["aligned"]),
-        "base_version": hub.model_version(folders["base"]),
+        "aligned_version": hub.commit_of(folders["aligned"]) or weights["aligned"],
+        "base_version": hub.commit_of(folders["base"]) or weights["base"],
+        "aligned_weights": weights["aligned"],
+        "trust_remote_code": trust_remote_code,
     }
     _claim_work_dir(run, models, harmful, benign)
 
@@ -227,7 +255,9 @@ def identify_safety_tokens(
         "score": ((safe - unsafe) / weight[:, None])[:, candidates["ids"]],
         "reference_probability": (safe / weight[:, None])[:, candidates["ids"]],
     }[ranking]
-    chosen = top_k(candidates[{"score": "scores"}.get(ranking, ranking)], candidates["ids"], k)
+    ranked = candidates[{"score": "scores"}.get(ranking, ranking)]
+    chosen = top_k(ranked, candidates["ids"], k)
+    warn_of_ties(ranked, k)
     first = (mild[0] / mild_weight[0])[candidates["ids"][chosen]].sum().item() if benign.prompts else None
     provenance = {
         "method": "measured",
@@ -252,9 +282,9 @@ def identify_safety_tokens(
             "seed": seed,
             "leave_out_style": leave_out_style,
             "responses": "generated" if responses is None else "given",
-            "dtype": str(_DTYPES.get(run.dtype) or compute_dtype(folders["aligned"], run.device)).removeprefix(
-                "torch."
-            ),
+            "dtype": str(
+                _DTYPES.get(run.dtype) or compute_dtype(folders["aligned"], run.device, trust_remote_code)
+            ).removeprefix("torch."),
         },
     }
     return _tokens(run, candidates, chosen, weighting, provenance)
@@ -453,7 +483,8 @@ class _LazyModel:
 
 
 def _load(run: _Run, folder: Path) -> torch.nn.Module:
-    model = load_model(folder, run.device, None if run.dtype == "auto" else _DTYPES[run.dtype], run.device_map)
+    dtype = None if run.dtype == "auto" else _DTYPES[run.dtype]
+    model = load_model(folder, run.device, dtype, run.device_map, run.trust_remote_code)
     rows = model.get_output_embeddings().weight.shape[0]
     if rows <= int(run.valid.max()):
         raise UserError(
@@ -481,14 +512,12 @@ def _name(model: str | Path) -> str:
 
 
 def _check_same_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, folder: Path, aligned: str | Path, base: str | Path
+    tokenizer: PreTrainedTokenizerBase, folder: Path, aligned: str | Path, base: str | Path, trust_remote_code: bool
 ) -> None:
     try:
-        other = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"The base model '{base}' has no tokenizer that can be loaded: copy the aligned model's."
-        ) from error
+        other = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged tokenizer.json raises whatever its parser stumbles over
+        raise cannot_load("tokenizer", base, error, ": copy the aligned model's") from error
     mine, theirs = tokenizer_fingerprint(tokenizer), tokenizer_fingerprint(other)
     if mine != theirs:
         raise UserError(

@@ -96,6 +96,7 @@ class Answerer:
         tokens_per_batch (int): padded tokens of a forward pass.
         max_new_tokens (int): longest answer.
         progress (bool): show progress bars.
+        trust_remote_code (bool): let the model folder's own Python code run.
 
     Raises:
         UserError: the model or its tokenizer cannot be loaded.
@@ -109,10 +110,11 @@ class Answerer:
         tokens_per_batch: int = 4096,
         max_new_tokens: int = 64,
         progress: bool = True,
+        trust_remote_code: bool = False,
     ) -> None:
-        folder = hub.model_folder(model)
-        self.tokenizer = load_tokenizer(str(folder))
-        self.model = load_model(folder, device)
+        folder = hub.model_folder(model, trust_remote_code=trust_remote_code)
+        self.tokenizer = load_tokenizer(str(folder), trust_remote_code)
+        self.model = load_model(folder, device, trust_remote_code=trust_remote_code)
         self.ends = end_tokens(self.model, self.tokenizer)
         self.config = generation_config(self.ends, self.tokenizer.pad_token_id, max_new_tokens)
         self.tokens_per_batch, self.progress = tokens_per_batch, progress

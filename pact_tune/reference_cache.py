@@ -32,6 +32,7 @@ from pact_tune.batching import batches_by_length
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
+from pact_tune.fingerprints import fingerprint
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 SHARD_TOKENS = 65_536  # tokens per shard: what a killed fill loses at most
@@ -231,7 +232,7 @@ class ReferenceCache:
             **self._centred(torch.cat(list(columns))),
         }
         with atomic_file(self._path_of(conversations)) as file:
-            save_file(tensors, file, metadata={"checksum": _checksum(tensors)})
+            save_file(tensors, file, metadata={"checksum": fingerprint(tensors)})
 
     def _centred(self, columns: torch.Tensor) -> dict[str, torch.Tensor]:
         """Columns ``[n, C]`` as they are stored."""
@@ -364,7 +365,7 @@ def is_damaged(shard: Path) -> bool:
         tensors, checksum = _open_shard(shard)
     except SafetensorError:
         return True
-    return checksum != _checksum(tensors)
+    return checksum != fingerprint(tensors)
 
 
 def batches_of(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
@@ -378,14 +379,6 @@ def _remove_leftovers(directory: Path) -> None:
     for file in directory.glob(".*.partial"):
         if time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
             file.unlink(missing_ok=True)
-
-
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _open_shard(shard: Path) -> tuple[dict[str, torch.Tensor], str]:

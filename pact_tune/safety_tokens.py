@@ -8,21 +8,30 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from pact_tune.conversations import encode, special_ids, tokenizer_fingerprint
-from pact_tune.errors import UserError
-from pact_tune.files import atomic_folder, check_replaceable
+from pact_tune.errors import UserError, one_line, printable
+from pact_tune.files import atomic_folder, check_replaceable, check_subfolder, recover
+from pact_tune.fingerprints import fingerprint
+from pact_tune.log import logger
 from pact_tune.version import __version__
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no checksum, and is read
 TENSORS_FILE = "safety_tokens.safetensors"
 JSON_FILE = "safety_tokens.json"
 FILES = (JSON_FILE, TENSORS_FILE)
+
+# Far beyond any real set, and small enough that nothing that is done with one takes long.
+MAX_TOKENS, MAX_CANDIDATES, MAX_ID = 1 << 16, 1 << 17, 10_000_000
+MAX_TOKEN_CHARACTERS, MAX_WEIGHT = 1000, 1e6
+MAX_JSON_BYTES = MAX_TENSOR_BYTES = 1 << 24
+CANDIDATE_TENSORS = ("ids", "scores", "reference_probability")
 
 Ranking = Literal["score", "reference_probability"]
 Weighting = Literal["raw", "centred", "uniform"]
@@ -57,6 +66,29 @@ REFUSAL_TEMPLATES = (
 )
 
 
+_Name = Annotated[str, Field(max_length=MAX_TOKEN_CHARACTERS)]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class _Description(BaseModel):
+    """What safety_tokens.json must hold; whatever else it says is provenance, and nothing is done with it but to show it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    schema_version: int
+    k: Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+    checksum: _Hash | None = None
+    method: _Name
+    tokenizer_fingerprint: _Hash
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_ID)]
+    tokens: Annotated[list[_Name], Field(max_length=MAX_TOKENS)]
+    candidate_tokens: Annotated[list[_Name], Field(max_length=MAX_CANDIDATES)] = []
+    aligned_model: _Name | None = None
+    base_model: _Name | None = None
+    aligned_weights: _Hash | None = None
+    options: dict[str, Any] = {}
+
+
 @dataclass(frozen=True)
 class SafetyTokens:
     """The safety tokens S of a model, best first.
@@ -64,8 +96,8 @@ class SafetyTokens:
     Attributes:
         ids (torch.Tensor): token ids, ``[K]`` int64, unique.
         weights (torch.Tensor): V_safety of the paper's Eq. 3 on S, ``[K]`` float32, at least 0, not all 0.
-        scores (torch.Tensor): d(v) of Eq. 2, ``[K]`` float32, as a difference of probabilities; all 1 when the
-            tokens come from templates and nothing was measured.
+        scores (torch.Tensor): d(v) of Eq. 2, ``[K]`` float32, as a difference of probabilities; the share of
+            templates that use it when the tokens come from templates and nothing was measured.
         reference_probability (torch.Tensor): mean probability under the aligned model, ``[K]`` float32.
         candidates (dict[str, torch.Tensor]): ``ids``, ``scores`` and ``reference_probability`` (each ``[M]``) of the
             tokens that a later :meth:`select` may choose from; holds S. Where benign prompts were given, also
@@ -109,7 +141,7 @@ class SafetyTokens:
         if largest >= vocab_size:
             raise UserError(
                 f"Safety token id {largest} lies past the model's vocabulary of {vocab_size}: these safety tokens were "
-                f"made for another model ({self.provenance.get('aligned_model', 'unknown')}); compute or choose those "
+                f"made for another model ({printable(self.provenance.get('aligned_model', 'unknown'))}); compute or choose those "
                 "of this one."
             )
 
@@ -119,7 +151,7 @@ class SafetyTokens:
         if mine != theirs:
             raise UserError(
                 f"The safety tokens were made with tokenizer {mine[:8]} "
-                f"({self.provenance.get('aligned_model', 'unknown model')}), but this run's tokenizer is {theirs[:8]} "
+                f"({printable(self.provenance.get('aligned_model', 'unknown model'))}), but this run's tokenizer is {theirs[:8]} "
                 f"({tokenizer.name_or_path}): compute them for this model with `pact tokens compute`."
             )
 
@@ -138,8 +170,12 @@ class SafetyTokens:
             UserError: the weights would all be 0.
         """
         k = len(self) if k is None else k
-        values = {"score": "scores", "reference_probability": "reference_probability"}[ranking]
-        order = top_k(self.candidates[values], self.candidates["ids"], k)
+        if self.provenance["method"] == "templates" and weighting != "uniform":
+            logger.info("Nothing was measured on tokens from templates: they weigh the same, whatever the weighting.")
+            weighting = "uniform"
+        values = self.candidates[{"score": "scores", "reference_probability": "reference_probability"}[ranking]]
+        order = top_k(values, self.candidates["ids"], k)
+        warn_of_ties(values, k)
         chosen = {name: self.candidates[name][order] for name in ("ids", "scores", "reference_probability")}
         options = self.provenance.get("options", {}) | {"k": k, "ranking": ranking, "weighting": weighting}
         names = dict(zip(self.ids.tolist(), self.tokens, strict=True)) if self.tokens else {}
@@ -174,13 +210,15 @@ class SafetyTokens:
             description = {
                 "schema_version": SCHEMA_VERSION,
                 "k": len(self),
+                "checksum": fingerprint({"ids": self.ids, "weights": self.weights}),
                 **self.provenance,
                 "package_version": __version__,
                 "tokens": self.tokens,
                 "candidate_tokens": self.candidate_tokens,
             }
             (folder / JSON_FILE).write_text(
-                json.dumps(description, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+                json.dumps(description, indent=1, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n",
+                encoding="utf-8",
             )
 
     @property
@@ -188,7 +226,8 @@ class SafetyTokens:
         """Which of S are mere style, ``[K]`` bool: at least as probable in benign answers; None when not measured."""
         if "benign_probability" not in self.candidates:
             return None
-        where = (self.candidates["ids"][None] == self.ids[:, None]).int().argmax(1)
+        ids, order = self.candidates["ids"].sort()
+        where = order[torch.searchsorted(ids, self.ids)]
         return is_style(self.candidates["benign_probability"], self.candidates["reference_probability"])[where]
 
     @classmethod
@@ -208,46 +247,101 @@ class SafetyTokens:
             UserError: nothing there, or what is there is damaged or of another schema.
         """
         folder = Path(source)
-        if not folder.is_dir():
-            from pact_tune import hub  # the Hub client takes a second to import; local folders do not need it
+        if subfolder is not None:
+            check_subfolder(subfolder)
+        recover(folder / (subfolder or ""))
+        if folder.is_dir():
+            return _read(folder / (subfolder or ""))
+        from pact_tune import hub  # the Hub client takes a second to import; local folders do not need it
 
-            return cls.load(hub.download(str(source), revision=revision, subfolder=subfolder))
-        if subfolder:
-            folder = folder / subfolder
-        try:
-            description = json.loads((folder / JSON_FILE).read_text())
-            tensors = load_file(folder / TENSORS_FILE)
-        except FileNotFoundError as error:
-            raise UserError(
-                f"'{folder}' holds no safety tokens ({Path(error.filename or TENSORS_FILE).name} is missing): "
-                "make them with `pact tokens compute`."
-            ) from error
-        except Exception as error:  # safetensors has an exception type of its own, json another
-            raise UserError(
-                f"The safety tokens in '{folder}' are damaged ({error}): download or compute them again."
-            ) from error
-        version = description.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"The safety tokens in '{folder}' have schema version {version}, this pact-tune reads {SCHEMA_VERSION}: "
-                "update pact-tune or compute them again."
+        return _read(hub.download(str(source), revision=revision, subfolder=subfolder))
+
+    def check_model(self, weights: str) -> None:
+        """Warns when the tokens were measured on other weights than a run's.
+
+        Args:
+            weights (str): of the run's model; see :func:`pact_tune.fingerprints.model_fingerprint`.
+        """
+        mine = self.provenance.get("aligned_weights")
+        if mine is not None and mine != weights:
+            logger.warning(
+                "The safety tokens were measured on other weights (%s, %s) than this run's (%s): if this is not the same "
+                "model in other files, compute them for this one with `pact tokens compute`.",
+                mine[:8],
+                printable(self.provenance.get("aligned_model", "unknown model")),
+                weights[:8],
             )
-        description.pop("k")
-        names = ("ids", "weights", "scores", "reference_probability")
-        candidates = {n.removeprefix("candidates."): t for n, t in tensors.items() if n.startswith("candidates.")}
-        if missing := [n for n in names if n not in tensors] + [
-            n for n in names if n not in candidates and n != "weights"
-        ]:
+
+
+def _read(folder: Path) -> SafetyTokens:
+    """Reads a folder that may hold anything, and says in one sentence what is wrong with it."""
+    mend = "download or compute them again"
+    try:
+        for name, limit in ((JSON_FILE, MAX_JSON_BYTES), (TENSORS_FILE, MAX_TENSOR_BYTES)):
+            size = (folder / name).stat().st_size
+            if not (folder / name).is_file() or size > limit:
+                raise UserError(f"'{folder / name}' is no file of safety tokens (too large, or no plain file): {mend}.")
+        content = json.loads((folder / JSON_FILE).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        version = content.get("schema_version")
+        if version not in (1, SCHEMA_VERSION):
             raise UserError(
-                f"The safety tokens in '{folder}' lack the tensor '{missing[0]}': download or compute them again."
+                f"The safety tokens in '{folder}' have schema version {printable(version)[:40]}, this pact-tune reads "
+                f"{SCHEMA_VERSION}: update pact-tune or compute them again."
             )
-        return cls(
-            **{n: tensors[n] for n in names},
-            candidates=candidates,
-            tokens=description.pop("tokens"),
-            candidate_tokens=description.pop("candidate_tokens", []),
-            provenance=description,
+        description = _Description.model_validate(content)
+        tensors = load_file(folder / TENSORS_FILE)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"'{folder}' holds no safety tokens ({Path(error.filename or TENSORS_FILE).name} is missing): "
+            "make them with `pact tokens compute`."
+        ) from error
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = printable(".".join(map(str, first["loc"])) or JSON_FILE)[:100]
+        raise UserError(f"The safety tokens in '{folder}' are damaged ({where}: {first['msg']}): {mend}.") from error
+    except UserError:
+        raise
+    except Exception as error:  # safetensors has an exception type of its own, json several
+        raise UserError(
+            f"The safety tokens in '{folder}' are damaged ({printable(one_line(error))}): {mend}."
+        ) from error
+    try:
+        return _assemble(description, tensors)
+    except UserError as error:
+        raise UserError(f"In '{folder}': {error}") from error
+
+
+def _assemble(description: _Description, tensors: dict[str, torch.Tensor]) -> SafetyTokens:
+    candidates = {n.removeprefix("candidates."): t for n, t in tensors.items() if n.startswith("candidates.")}
+    names = ("ids", "weights", "scores", "reference_probability")
+    if missing := [n for n in names if n not in tensors]:
+        raise UserError(f"The safety tokens lack the tensor '{missing[0]}': download or compute them again.")
+    if len(tensors) != len(names) + len(candidates):
+        raise UserError("The safety tokens hold a tensor of unknown name: download or compute them again.")
+    if any(t.dtype != (torch.int64 if n.endswith("ids") else torch.float32) for n, t in tensors.items()):
+        raise UserError("The safety tokens hold a tensor of another type: download or compute them again.")
+    stored = {n: tensors[n] for n in ("ids", "weights")}
+    # Version 1 had none.
+    if description.schema_version > 1 and description.checksum != fingerprint(stored):
+        raise UserError(
+            "The safety tokens are not those that their checksum was written for: download or compute them again."
         )
+    if description.k != tensors["ids"].numel():
+        raise UserError(
+            f"The safety tokens say k {description.k} and hold {tensors['ids'].numel()}: download or compute them again."
+        )
+    own = {"schema_version", "k", "checksum", "tokens", "candidate_tokens"}
+    return SafetyTokens(
+        **{n: tensors[n] for n in names},
+        candidates=candidates,
+        tokens=description.tokens,
+        candidate_tokens=description.candidate_tokens,
+        provenance=description.model_dump(exclude=own, exclude_unset=True),
+    )
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def check_output(directory: str | Path) -> None:
@@ -267,8 +361,13 @@ def token_weights(scores: torch.Tensor, weighting: Weighting) -> torch.Tensor:
         torch.Tensor: ``[K]`` float32.
 
     Raises:
-        UserError: all weights would be 0.
+        UserError: all weights would be 0, or all scores are: two equal models measure nothing.
     """
+    if not (scores != 0).any():
+        raise UserError(
+            "Every score is 0, so the aligned and the base model answer alike and nothing was measured: give the model "
+            "that the aligned one was made from as base."
+        )
     if weighting == "uniform":
         return torch.ones_like(scores)
     shift = scores.mean() if weighting == "centred" else 0.0
@@ -301,9 +400,23 @@ def top_k(values: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
     return by_id[order[:k]]
 
 
+def warn_of_ties(values: torch.Tensor, k: int) -> None:
+    """Says that the choice of the ``k`` largest of ``values`` ``[M]`` was made by id, where it was."""
+    if k >= len(values):
+        return
+    cut = values.sort(descending=True).values[k - 1]
+    chosen, tied = int((values > cut).sum()), int((values == cut).sum())
+    if chosen + tied > k:
+        logger.warning(
+            "%d tokens have the same score at the end of the best %d, and %d of them were taken, those of the lowest ids: "
+            "choose k %d or %d to have all or none of them.",
+            tied, k, k - chosen, chosen + tied, chosen,
+        )  # fmt: skip
+
+
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
-    """The text of each id of ``ids`` ``[K]`` on its own; a leading space is kept."""
-    return [tokenizer.decode([i]) for i in ids.tolist()]
+    """The text of each id of ``ids`` ``[K]`` on its own; the vocabulary's own piece where that is nothing ("▁")."""
+    return [tokenizer.decode([i]) or tokenizer.convert_ids_to_tokens(i) or "" for i in ids.tolist()]
 
 
 def safety_tokens_from_templates(
@@ -340,16 +453,16 @@ def safety_tokens_from_templates(
     return SafetyTokens(
         ids=ids,
         weights=ones,
-        scores=ones,
+        scores=frequency,
         reference_probability=frequency,
-        candidates={"ids": ids, "scores": ones, "reference_probability": frequency},
+        candidates={"ids": ids, "scores": frequency, "reference_probability": frequency},
         provenance={
             "method": "templates",
             "aligned_model": tokenizer.name_or_path,
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
             "vocab_size": len(tokenizer),
             "options": {"templates": list(templates)},
-            "note": "not measured: weights are uniform, reference_probability is the share of templates that use the token",
+            "note": "not measured: weights are uniform, scores are the share of templates that use the token",
         },
         tokens=decode_tokens(tokenizer, ids),
     )
@@ -363,7 +476,38 @@ def _check(tokens: SafetyTokens) -> None:
         raise UserError("Safety token ids must be unique and not negative: compute them again.")
     if any(t.shape != ids.shape for t in (weights, tokens.scores, tokens.reference_probability)):
         raise UserError("Safety tokens need one weight, score and reference probability per id: compute them again.")
+    if len(tokens) > MAX_TOKENS or int(ids.max()) > MAX_ID:
+        raise UserError(
+            f"More than {MAX_TOKENS} safety tokens, or ids above {MAX_ID}, are not taken: compute them again."
+        )
     if not torch.isfinite(weights).all() or (weights < 0).any() or not (weights > 0).any():
         raise UserError("Safety token weights must be finite, not negative and not all 0: compute them again.")
+    if float(weights.max()) > MAX_WEIGHT:
+        raise UserError(f"Safety token weights above {MAX_WEIGHT:g} are not taken: compute them again.")
     if missing := {"method", "tokenizer_fingerprint", "vocab_size"} - set(tokens.provenance):
         raise UserError(f"The provenance of the safety tokens lacks '{sorted(missing)[0]}': compute them again.")
+    if len(tokens.tokens) not in (0, len(tokens)):
+        raise UserError("Safety tokens need one text per id, or none: compute them again.")
+    _check_candidates(tokens)
+    for values in (tokens.scores, tokens.reference_probability, *tokens.candidates.values()):
+        if not torch.isfinite(values).all():
+            raise UserError("The scores and probabilities of safety tokens must be finite: compute them again.")
+
+
+def _check_candidates(tokens: SafetyTokens) -> None:
+    candidates = tokens.candidates
+    if missing := [name for name in CANDIDATE_TENSORS if name not in candidates]:
+        raise UserError(f"The safety tokens lack the tensor 'candidates.{missing[0]}': compute them again.")
+    if set(candidates) - {*CANDIDATE_TENSORS, "benign_probability"}:
+        raise UserError("The safety tokens hold a tensor of unknown name: compute them again.")
+    ids = candidates["ids"]
+    if ids.ndim != 1 or ids.dtype != torch.int64 or any(t.shape != ids.shape for t in candidates.values()):
+        raise UserError("The candidates of safety tokens need one number of each kind per id: compute them again.")
+    if ids.numel() > MAX_CANDIDATES or ids.unique().numel() != ids.numel() or not torch.isin(tokens.ids, ids).all():
+        raise UserError(
+            "The candidates of safety tokens must be unique and hold the tokens themselves: compute them again."
+        )
+    if int(ids.min()) < 0 or int(ids.max()) > MAX_ID:
+        raise UserError(f"The ids of candidates must lie between 0 and {MAX_ID}: compute them again.")
+    if len(tokens.candidate_tokens) not in (0, ids.numel()):
+        raise UserError("The candidates of safety tokens need one text per id, or none: compute them again.")

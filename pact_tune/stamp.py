@@ -11,32 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
+from pact_tune.fingerprints import file_digest
 from pact_tune.reference_cache import conversation_key
-from pact_tune.weights import file_digest
 
 STAMP_FILE = "pact.json"
 FORMAT = 2
-
-
-def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """Hash of tensors' names, types, shapes and bytes.
-
-    Args:
-        tensors (dict[str, torch.Tensor]): on any device.
-
-    Returns:
-        str: 32 hexadecimal digits.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def data_fingerprint(conversations: Iterable[Conversation]) -> str:

@@ -1,12 +1,10 @@
 """Folders of Hugging Face weights, read and written one tensor at a time."""
 
 import functools
-import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from pact_tune.errors import UserError
 from pact_tune.families import Network, model_type, network_of
+from pact_tune.fingerprints import model_fingerprint
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
@@ -129,10 +128,7 @@ class ModelFolder(Mapping[str, torch.Tensor]):
     @functools.cached_property
     def weights_hash(self) -> str:
         """Hash of the weight files' bytes and of config.json: which model this is, whatever its folder is called."""
-        with ThreadPoolExecutor() as pool:  # hashing releases the interpreter lock
-            digests = b"".join(pool.map(file_digest, self.files))
-        config = json.dumps(self.config, sort_keys=True).encode()
-        return hashlib.blake2b(digests + config, digest_size=16).hexdigest()
+        return model_fingerprint(self.directory)
 
     def copy_companions(self, folder: Path) -> None:
         """Copies configuration, tokenizer, licence and model card to another folder."""
@@ -187,12 +183,6 @@ class ModelFolder(Mapping[str, torch.Tensor]):
                 if (new.dtype, new.shape) != (old.dtype, old.shape):
                     raise RuntimeError(f"{name} was {old.dtype} {old.shape} and became {new.dtype} {new.shape}.")
                 file.write(memoryview(new.flatten().view(torch.uint8).numpy()))
-
-
-def file_digest(path: Path) -> bytes:
-    """BLAKE2b of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, hashlib.blake2b).digest()
 
 
 def through_nf4(weight: torch.Tensor, module: str, network: Network, dtype: torch.dtype) -> torch.Tensor:

@@ -40,9 +40,10 @@ from pact_tune.conversations import Conversation, response_only_prefix
 from pact_tune.distributed import finish
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, remove_partial
+from pact_tune.fingerprints import fingerprint
 from pact_tune.objectives import Reference
 from pact_tune.reference_cache import ReferenceCache, batches_of, shards_of
-from pact_tune.stamp import data_fingerprint, fingerprint
+from pact_tune.stamp import data_fingerprint
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.config import read_command_line
 from pact_tune.torchtune.model import Decoder

@@ -19,7 +19,8 @@ TOKEN = "hf_a_very_secret_token"
 
 @dataclass
 class Fault:
-    """What to do to matching requests: a status, "truncate", "corrupt" (a body of the right length) or "drop"."""
+    """What to do to matching requests: a status, "truncate", "corrupt" (a body of the right length), "drop", "html" (a page
+    instead of the answer) or "hang" (an answer after seconds)."""
 
     method: str
     path: str
@@ -102,6 +103,12 @@ class _Handler(BaseHTTPRequestHandler):
                 if fault.action == "drop":
                     self.close_connection = True
                     return None
+                if fault.action == "html":
+                    return self._send(
+                        200, b"<html><body>Log in to the network</body></html>", {"Content-Type": "text/html"}
+                    )
+                if fault.action == "hang":
+                    threading.Event().wait(3)
                 self.damage = fault.action
         for method, pattern, name in _ROUTES:
             match = re.fullmatch(pattern, self.route)

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from pact_tune import hub
 from pact_tune.errors import UserError
+from pact_tune.publishing import model_card, publish
 from pact_tune.safety_tokens import SafetyTokens
 
 REPO = "tester/family"
@@ -39,7 +40,7 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def published(server):
-    hub.publish(tokens(), REPO, "model-a")
+    publish(tokens(), REPO, "model-a")
     return server.repositories[REPO]
 
 
@@ -72,15 +73,15 @@ def test_the_card_tells_use_tokens_and_provenance(published):
 
 def test_the_same_content_makes_no_commit_and_other_content_one(published, server):
     before = len(published.log)
-    again = hub.publish(tokens(), REPO, "model-a")
+    again = publish(tokens(), REPO, "model-a")
     assert again.changed == [] and len(published.log) == before and list(published.tags) == ["model-a-v1"]
-    other = hub.publish(tokens(0.75), REPO, "model-a")
+    other = publish(tokens(0.75), REPO, "model-a")
     assert len(published.log) == before + 1 and other.tag == "model-a-v2"
     assert load().weights[0] == 0.75 and load(revision="model-a-v1").weights[0] == 0.5
 
 
 def test_a_second_model_is_listed_and_leaves_the_first(published):
-    hub.publish(tokens(0.75), REPO, "model-b")
+    publish(tokens(0.75), REPO, "model-b")
     assert load().weights[0] == 0.5
     readme = published.commits[published.log[-1]]["README.md"].decode()
     assert "[model-a](model-a/README.md)" in readme and "[model-b](model-b/README.md)" in readme
@@ -88,34 +89,34 @@ def test_a_second_model_is_listed_and_leaves_the_first(published):
 
 
 def test_a_dry_run_writes_nothing(server):
-    done = hub.publish(tokens(), REPO, "model-a", dry_run=True)
+    done = publish(tokens(), REPO, "model-a", dry_run=True)
     assert len(done.changed) == 4 and done.commit is None
     assert server.repositories == {} and {method for method, _ in server.requests} <= {"GET"}
 
 
 def test_private_makes_private_and_refuses_a_public_one(server):
-    hub.publish(tokens(), "tester/secret", "model-a", private=True)
+    publish(tokens(), "tester/secret", "model-a", private=True)
     assert server.repositories["tester/secret"].private
-    hub.publish(tokens(), REPO, "model-a")
+    publish(tokens(), REPO, "model-a")
     with pytest.raises(UserError, match="exists and is public"):
-        hub.publish(tokens(0.75), REPO, "model-a", private=True)
+        publish(tokens(0.75), REPO, "model-a", private=True)
     assert len(server.repositories[REPO].log) == 2
 
 
 def test_without_a_valid_login_nothing_is_published(server, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match="your token is not valid"):
-        hub.publish(tokens(), REPO, "model-a")
+        publish(tokens(), REPO, "model-a")
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(UserError, match="you are not logged in: use `hf auth login`"):
-        hub.publish(tokens(), REPO, "model-a")
+        publish(tokens(), REPO, "model-a")
     assert server.repositories == {}
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "..", ""])
 def test_bad_folder_names_are_refused(server, name):
     with pytest.raises(UserError, match="no folder name"):
-        hub.publish(tokens(), REPO, name)
+        publish(tokens(), REPO, name)
 
 
 @pytest.mark.parametrize("action", [500, "drop"])
@@ -126,13 +127,13 @@ def test_an_interrupted_publish_leaves_nothing_half_written_and_can_be_repeated(
     server.faults.append(Fault(method, step, action))
     commits = len(published.log)
     with pytest.raises(UserError, match="could not be published") as caught:
-        hub.publish(tokens(0.75), REPO, "model-a")
+        publish(tokens(0.75), REPO, "model-a")
     assert hub_server.TOKEN not in str(caught.value)
     # A commit without its tag is whole; anything before it is no commit at all.
     assert len(published.log) == commits + (step == "/tag/")
     assert list(published.tags) == ["model-a-v1"]
     server.faults.clear()
-    hub.publish(tokens(0.75), REPO, "model-a")
+    publish(tokens(0.75), REPO, "model-a")
     assert len(published.log) == commits + 1
     assert published.tags["model-a-v2"] == published.log[-1] and load().weights[0] == 0.75
 
@@ -141,7 +142,7 @@ def test_passing_failures_are_retried(published, server):
     server.faults += [Fault("GET", "/api/models/", 500, 1), Fault("GET", "/api/models/", 429, 1)]
     assert load().ids.tolist() == [5, 3]
     server.faults[:] = [Fault("POST", "/commit/", 503, 1)]
-    hub.publish(tokens(0.75), REPO, "model-a")
+    publish(tokens(0.75), REPO, "model-a")
     assert published.tags["model-a-v2"] == published.log[-1]
 
 
@@ -199,7 +200,94 @@ def test_offline_and_without_network_the_cache_serves(published, server, monkeyp
     assert load().ids.tolist() == [5, 3]
 
 
-def test_what_is_not_there(published):
+# --- answers that no Hub gives
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/models/"), ("HEAD", "/resolve/")])
+def test_a_web_page_instead_of_data_is_called_that(published, server, tmp_path, method, path):
+    server.faults.append(Fault(method, path, "html"))
+    with pytest.raises(UserError, match="what answers there is not the Hub .*HF_ENDPOINT") as caught:
+        load()
+    assert "\n" not in str(caught.value) and cached(tmp_path) == []
+
+
+def test_publishing_to_what_is_no_hub(server):
+    server.faults.append(Fault("GET", "/api/whoami-v2", "html"))
+    with pytest.raises(UserError, match="what answers there is not the Hub"):
+        publish(tokens(), REPO, "model-a")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_forbidden_download_speaks_of_reading_and_a_forbidden_upload_of_writing(published, server, method):
+    server.faults.append(Fault(method, "/resolve/", 403))
+    with pytest.raises(UserError, match="no right to read it"):
+        load()
+    server.faults[:] = [Fault("POST", "/commit/", 403)]
+    with pytest.raises(UserError, match="use one with write access"):
+        publish(tokens(0.75), REPO, "model-a")
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/models/"), ("HEAD", "/resolve/"), ("GET", "/resolve/")])
+def test_three_server_errors_are_survived(published, server, method, path):
+    server.faults.append(Fault(method, path, 500, 3))
+    assert load().ids.tolist() == [5, 3]
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/models/"), ("HEAD", "/resolve/"), ("GET", "/resolve/")])
+def test_a_download_that_hangs_ends(published, server, monkeypatch, method, path):
+    monkeypatch.setattr(hub, "SECONDS", 0.1)
+    server.faults.append(Fault(method, path, "hang"))
+    with pytest.raises(UserError, match="did not answer within 0.1 seconds"):
+        load()
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/whoami"), ("POST", "/preupload/"), ("POST", "/commit/")])
+def test_an_upload_that_hangs_ends(published, server, monkeypatch, method, path):
+    monkeypatch.setattr(hub, "SECONDS", 0.1)
+    server.faults.append(Fault(method, path, "hang"))
+    with pytest.raises(UserError, match="did not answer within 0.1 seconds"):
+        publish(tokens(0.75), REPO, "model-a")
+
+
+# --- hostile names
+
+
+@pytest.mark.parametrize("subfolder", ["../..", "..", "a/../..", "/etc/..", "*", "a b", "a\x1b[2J"])
+def test_a_subfolder_never_leaves_the_snapshot(published, server, tmp_path, subfolder):
+    server.requests.clear()
+    with pytest.raises(UserError, match="is no folder name") as caught:
+        SafetyTokens.load(REPO, subfolder=subfolder)
+    assert server.requests == [] and "\x1b" not in str(caught.value)
+    tokens().save(tmp_path / "s")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(UserError, match="is no folder name"):
+        SafetyTokens.load(tmp_path / "x", subfolder=subfolder)
+
+
+def test_the_card_holds_no_markup_of_others(server):
+    evil = tokens()
+    evil.provenance.update({"aligned_model": "x`[a](http://evil)|<script>\n# Title\x1b[2J\u202e", "note": ["`|\x9b\n"]})
+    evil.tokens[0] = "`|<b>\n\x1b\u202e"
+    card = model_card(evil, REPO, "model-a")
+    assert all(c.isprintable() or c == "\n" for c in card)
+    assert "\n# Title" not in card
+    for line in card.splitlines():
+        outside = "".join(line.split("`")[::2])
+        assert line.count("`") % 2 == 0 or line.startswith("```") or line.startswith("or `")
+        assert "<" not in outside and "evil" not in outside
+    for row in (line for line in card.splitlines() if line.startswith("| ")):
+        assert row.replace("\\|", "").count("|") in (3, 6)
+
+
+def test_what_is_not_there(published, tmp_path):
+    with pytest.raises(
+        UserError, match="There is no folder 'nobody/nothing' on this machine, and as .* no such repository"
+    ):
+        SafetyTokens.load("nobody/nothing")
+    with pytest.raises(UserError, match="There is no folder 'nobody/nothing' on this machine, and as a model"):
+        hub.model_folder("nobody/nothing")
+    with pytest.raises(UserError, match="is neither a folder"):
+        SafetyTokens.load(tmp_path / "missing")
     with pytest.raises(UserError, match="no such branch, tag or commit"):
         load(revision="v9")
     with pytest.raises(UserError, match="model-z.* holds no safety tokens"):

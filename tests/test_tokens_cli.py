@@ -245,3 +245,87 @@ def test_bad_prompt_files(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         column(read_prompts(tmp_path / name), "prompt", name)
+
+
+def test_the_same_model_twice_is_refused_before_anything_is_measured(here, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(here / "aligned", tmp_path / "copy")
+    for base in (here / "aligned", tmp_path / "copy"):
+        assert compute(here, "same", "--base", str(base)) == 1
+        assert "are the same model" in capsys.readouterr().err
+    assert not (here / "same").exists() and not (here / "same.work").exists()
+
+
+def test_two_models_that_answer_alike_are_not_called_uniform(here, tmp_path, capsys):
+    """The same weights behind another config.json."""
+    import shutil
+
+    shutil.copytree(here / "aligned", tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"_name_or_path": "other"}))
+    for weighting in ("raw", "uniform"):
+        assert compute(here, "alike", "--base", f"{tmp_path}/copy", "--weighting", weighting) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "answer alike and nothing was measured" in error and "use weighting" not in error
+    assert not (here / "alike").exists()
+
+
+def test_the_weights_that_were_measured_are_recorded(here):
+    from pact_tune.fingerprints import model_fingerprint
+
+    provenance = SafetyTokens.load(here / "s").provenance
+    assert provenance["aligned_weights"] == model_fingerprint(here / "aligned")
+    assert provenance["trust_remote_code"] is False
+
+
+CODE = """
+from pathlib import Path
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+Path(__file__).with_name("ran").touch()
+Path("{ran}").touch()
+class OwnTokenizer(PreTrainedTokenizerFast): pass
+class OwnConfig(Qwen2Config): model_type = "own"
+class OwnModel(Qwen2ForCausalLM): config_class = OwnConfig
+"""
+
+
+def test_a_models_own_code_runs_only_where_it_is_allowed(here, tmp_path):
+    """With a "y" on standard input, which transformers would take for leave."""
+    tokenizer, model = tiny.tiny_model(tmp_path / "tokenizer", seed=3), tiny.tiny_model(tmp_path / "model", seed=3)
+    for folder in (tokenizer, model):
+        (folder / "own.py").write_text(CODE.replace("{ran}", str(tmp_path / "ran")))
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (model / "config.json").write_text(json.dumps(config))
+    places = ["--prompts", f"{here}/p.jsonl", "--prompt-column", "goal", "--max-response-tokens", "2", "-k", "3"]
+    commands = {
+        "t": ["from-templates", "--tokenizer", str(tokenizer), "--output", f"{tmp_path}/t"],
+        "a": ["compute", "--aligned", str(model), "--base", f"{here}/base", *places, "--output", f"{tmp_path}/a"],
+        "b": ["compute", "--aligned", f"{here}/base", "--base", str(model), *places, "--output", f"{tmp_path}/b"],
+    }
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    for name, arguments in commands.items():
+        for allowed in (False, True):
+            command = [sys.executable, "-m", "pact_tune.cli", "tokens", *arguments]
+            command += ["--trust-remote-code"] if allowed else []
+            done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True, env=environment)
+            assert (tmp_path / "ran").exists() == allowed, (name, done.stderr)
+            assert (done.returncode == 0) == allowed, (name, done.stderr)
+            assert (tmp_path / name).exists() == allowed
+            if not allowed:
+                assert "needs code of its own to be run" in done.stderr.strip().splitlines()[-1]
+        (tmp_path / "ran").unlink()
+    assert SafetyTokens.load(tmp_path / "a").provenance["trust_remote_code"] is True
+
+
+def test_a_traceback_is_shown_on_request_only(tmp_path):
+    command = [sys.executable, "-m", "pact_tune.cli", "tokens", "show", f"{tmp_path}/absent"]
+    for debug, traceback in (("0", False), ("1", True)):
+        environment = os.environ | {"PACT_TUNE_DEBUG": debug}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == traceback
+        assert "is neither a folder" in done.stderr.splitlines()[-1]

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     machine.add_argument("--device", help="cpu, cuda, cuda:1, ...")
     machine.add_argument("--device-map", choices=["auto"], help="spread one model over all GPUs (needs accelerate)")
     machine.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    machine.add_argument("--trust-remote-code", action="store_true", help=cli.TRUST_HELP)
     machine.add_argument("--work-dir", type=Path, metavar="DIR", help="finished work (default: OUTPUT.work)")
     machine.add_argument("--keep-work", action="store_true", help="do not delete it at the end")
     return parser
@@ -90,7 +91,17 @@ def main(argv: list[str] | None = None) -> int | None:
         benign = column(read_prompts(args.benign_prompts), args.benign_column, args.benign_prompts)
     chosen = ("ranking", "weighting", "average", "base_prompting", "max_response_tokens", "include_eos", "num_prompts")
     options = PRESETS[args.preset] | {name: vars(args)[name] for name in chosen if vars(args)[name] is not None}
-    same = ("k", "temperature", "seed", "tokens_per_batch", "device", "device_map", "dtype", "leave_out_style")
+    same = (
+        "k",
+        "temperature",
+        "seed",
+        "tokens_per_batch",
+        "device",
+        "device_map",
+        "dtype",
+        "leave_out_style",
+        "trust_remote_code",
+    )
     options |= {name: vars(args)[name] for name in (*same, "aligned_revision", "base_revision")}
     tokens = identify_safety_tokens(
         args.aligned, args.base, prompts, responses=responses, benign_prompts=benign, work_dir=work_dir, **options

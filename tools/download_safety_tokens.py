@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli, hub
+from pact_tune.errors import printable
 from pact_tune.safety_tokens import SafetyTokens, check_output
 
 
@@ -25,9 +26,8 @@ def main(argv: list[str] | None = None) -> int | None:
     folder = hub.download(args.source, revision=args.revision, subfolder=args.subfolder)
     tokens = SafetyTokens.load(folder)
     hub.save_copy(folder, output)
-    print(
-        f"{len(tokens)} safety tokens of {tokens.provenance.get('aligned_model', 'unknown model')} written to {output}"
-    )
+    model = printable(tokens.provenance.get("aligned_model", "unknown model"))
+    print(f"{len(tokens)} safety tokens of {model} written to {output}")
 
 
 if __name__ == "__main__":

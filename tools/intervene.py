@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--device")
+    parser.add_argument("--trust-remote-code", action="store_true", help=cli.TRUST_HELP)
     args = parser.parse_args(argv)
     if min(args.draws, args.max_new_tokens, args.tokens_per_batch) < 1:
         raise UserError("--draws, --max-new-tokens and --tokens-per-batch must be at least 1.")
@@ -40,7 +41,11 @@ def main(argv: list[str] | None = None) -> int | None:
     tokens = SafetyTokens.load(args.tokens, subfolder=args.subfolder)
     prompts = column(read_prompts(args.prompts, limit=args.num_prompts), args.prompt_column, args.prompts)
     answerer = Answerer(
-        args.model, device=args.device, tokens_per_batch=args.tokens_per_batch, max_new_tokens=args.max_new_tokens
+        args.model,
+        device=args.device,
+        tokens_per_batch=args.tokens_per_batch,
+        max_new_tokens=args.max_new_tokens,
+        trust_remote_code=args.trust_remote_code,
     )
     arms = intervene(answerer, tokens, prompts, judge, boost=args.boost, draws=args.draws)
     verdicts = sorted({verdict for arm in arms for verdict in arm.rates} - {"helpful"})

@@ -3,8 +3,9 @@
 import argparse
 import sys
 
-from pact_tune import cli, hub
+from pact_tune import cli
 from pact_tune.errors import UserError
+from pact_tune.publishing import publish
 from pact_tune.safety_tokens import SafetyTokens
 
 
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if args.repo.count("/") != 1:
         raise UserError(f"--repo needs NAMESPACE/NAME, not '{args.repo}'.")
     tokens = SafetyTokens.load(args.directory)
-    done = hub.publish(tokens, args.repo, args.subfolder, private=args.private, dry_run=args.dry_run)
+    done = publish(tokens, args.repo, args.subfolder, private=args.private, dry_run=args.dry_run)
     if args.dry_run:
         files = "".join(f"\n  {path}" for path in done.changed)
         print(

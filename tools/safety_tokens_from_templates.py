@@ -25,13 +25,15 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--output", required=True, metavar="DIR", type=Path, help="folder to write")
     parser.add_argument("--templates", metavar="FILE", help="refusal openers, one a line (.txt); default: built in")
     parser.add_argument("-k", "--k", type=int, help="only the K that most templates use")
+    parser.add_argument("--trust-remote-code", action="store_true", help=cli.TRUST_HELP)
     args = parser.parse_args(argv)
     if args.k is not None and args.k < 1:
         raise UserError(f"-k must be at least 1, not {args.k}.")
     check_output(args.output)
     templates = column(read_prompts(args.templates), "prompt", args.templates) if args.templates else None
     known = hub.KNOWN.get(args.tokenizer.lower())
-    tokens = safety_tokens_from_templates(load_tokenizer(known.aligned if known else args.tokenizer), templates)
+    tokenizer = load_tokenizer(known.aligned if known else args.tokenizer, args.trust_remote_code)
+    tokens = safety_tokens_from_templates(tokenizer, templates)
     if args.k is not None:
         tokens = tokens.select(args.k, "reference_probability", "uniform")
     tokens.save(args.output)

@@ -1,15 +1,15 @@
 """pact tokens show: a table of safety tokens, a plot, the difference of two vectors, coverage of a model's refusals."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from pact_tune import cli
-from pact_tune.errors import UserError
+from pact_tune.errors import UserError, printable
 from pact_tune.files import atomic_file
 from pact_tune.safety_tokens import SafetyTokens
 
+MOST_BARS, MOST_CHARACTERS = 200, 60  # of a plot; the table shows all
 PLOT_KINDS = (".png", ".svg", ".pdf")
 
 
@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--judge", default="keywords", help="keywords, demo, or MODULE:FUNCTION")
     parser.add_argument("--device")
+    parser.add_argument("--trust-remote-code", action="store_true", help=cli.TRUST_HELP)
     args = parser.parse_args(argv)
     if bool(args.model) != bool(args.prompts):
         raise UserError("Coverage needs both --model and --prompts.")
@@ -47,12 +48,13 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def _text(token: str) -> str:
-    return json.dumps(token, ensure_ascii=False)
+    return '"' + printable(token).replace('"', '\\"') + '"'
 
 
 def _print_table(tokens: SafetyTokens) -> None:
     facts = tokens.provenance
-    print(f"{facts.get('aligned_model', 'unknown model')}: {len(tokens)} safety tokens, method {facts['method']}")
+    model = printable(facts.get("aligned_model", "unknown model"))
+    print(f"{model}: {len(tokens)} safety tokens, method {printable(facts['method'])}")
     if facts["method"] == "templates":
         print("Not measured: weights are uniform; the last column is the share of templates that use the token.")
     style = tokens.style if tokens.style is not None else [False] * len(tokens)
@@ -101,21 +103,24 @@ def _plot(tokens: SafetyTokens, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 0.22 * len(tokens) + 1.2), layout="constrained")
+    shown = min(len(tokens), MOST_BARS)
+    figure, axes = pyplot.subplots(figsize=(8, 0.22 * shown + 1.2), layout="constrained")
     # A '$' would start a formula.
-    names = [_text(text).replace("$", r"\$") for text in tokens.tokens]
-    axes.barh(range(len(tokens)), tokens.weights.tolist())
-    axes.set_yticks(range(len(tokens)), names)
+    texts = tokens.tokens or [str(token_id) for token_id in tokens.ids.tolist()]
+    names = [_text(text[:MOST_CHARACTERS]).replace("$", r"\$") for text in texts[:shown]]
+    axes.barh(range(shown), tokens.weights.tolist()[:shown])
+    axes.set_yticks(range(shown), names)
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlabel(
         "weight" if tokens.provenance["method"] == "templates" else "weight (difference of mean probabilities)"
     )
-    axes.set_title(f"Safety tokens of {tokens.provenance.get('aligned_model', 'unknown model')}")
+    model = printable(tokens.provenance.get("aligned_model", "unknown model"))[:MOST_CHARACTERS].replace("$", r"\$")
+    axes.set_title(f"Safety tokens of {model}" if shown == len(tokens) else f"First {shown} safety tokens of {model}")
     with atomic_file(path) as aside:
         figure.savefig(aside, format=path.suffix[1:], dpi=120)
     pyplot.close(figure)
-    print(f"Plot written to {path}")
+    print(f"Plot written to {path}" + ("" if shown == len(tokens) else f" (the first {shown} of {len(tokens)} tokens)"))
 
 
 def _print_coverage(tokens: SafetyTokens, args: argparse.Namespace) -> None:
@@ -123,7 +128,8 @@ def _print_coverage(tokens: SafetyTokens, args: argparse.Namespace) -> None:
     from pact_tune.prompts import column, read_prompts
 
     prompts = column(read_prompts(args.prompts), args.prompt_column, args.prompts)
-    share, refusals = coverage(Answerer(args.model, device=args.device), tokens, prompts, load_judge(args.judge))
+    answerer = Answerer(args.model, device=args.device, trust_remote_code=args.trust_remote_code)
+    share, refusals = coverage(answerer, tokens, prompts, load_judge(args.judge))
     print(
         f"Coverage: S holds {100 * share:.1f} % of the first token's probability, over {refusals} refusals "
         f"of {len(prompts)} prompts."

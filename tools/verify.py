@@ -16,7 +16,8 @@ from pact_tune.adapters import CONFIG, WEIGHTS, LoRASpec, check_fits, merged, re
 from pact_tune.conversations import Conversation, load_tokenizer
 from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
-from pact_tune.stamp import check_files, fingerprint, read_stamp
+from pact_tune.fingerprints import fingerprint
+from pact_tune.stamp import check_files, read_stamp
 from pact_tune.weights import ModelFolder, through_nf4
 
 RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
@@ -159,7 +160,9 @@ def _load(folder: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor]) ->
     """A model in transformers, some of its weights replaced."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Eager attention is the only one that computes Gemma 2's soft-cap everywhere.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
+    )
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in weights.items():

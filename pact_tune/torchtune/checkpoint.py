@@ -25,7 +25,8 @@ from pact_tune.adapters import (
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.families import Network, rope_scaling, rounded
 from pact_tune.files import atomic_folder
-from pact_tune.stamp import STAMP_FILE, fingerprint, write_stamp
+from pact_tune.fingerprints import fingerprint
+from pact_tune.stamp import STAMP_FILE, write_stamp
 from pact_tune.torchtune import gemma2
 from pact_tune.weights import ModelFolder, through_nf4
 
