@@ -263,7 +263,7 @@ def identify_safety_tokens(
         "method": "measured",
         **models,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
-        "vocab_size": _head_rows(folders["aligned"]),
+        "vocab_size": _head_rows(folders["aligned"], trust_remote_code),
         "num_prompts": sum(1 for response in harmful.responses if response),
         "num_positions": sum(map(len, harmful.responses)),
         "num_prompts_left_out": left_out + sum(1 for response in harmful.responses if not response),
@@ -502,8 +502,8 @@ def _max_length(folder: Path) -> float:
     return json.loads((folder / "config.json").read_text()).get("max_position_embeddings", float("inf"))
 
 
-def _head_rows(folder: Path) -> int:
-    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+def _head_rows(folder: Path, trust_remote_code: bool) -> int:
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config().vocab_size
 
 
 def _name(model: str | Path) -> str:

@@ -282,7 +282,6 @@ def test_the_weights_that_were_measured_are_recorded(here):
 CODE = """
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-Path(__file__).with_name("ran").touch()
 Path("{ran}").touch()
 class OwnTokenizer(PreTrainedTokenizerFast): pass
 class OwnConfig(Qwen2Config): model_type = "own"
@@ -290,36 +289,41 @@ class OwnModel(Qwen2ForCausalLM): config_class = OwnConfig
 """
 
 
-def test_a_models_own_code_runs_only_where_it_is_allowed(here, tmp_path):
+def test_a_models_own_code_runs_only_where_it_is_allowed(here, tmp_path, capsys, monkeypatch):
     """With a "y" on standard input, which transformers would take for leave."""
-    tokenizer, model = tiny.tiny_model(tmp_path / "tokenizer", seed=3), tiny.tiny_model(tmp_path / "model", seed=3)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tokenizer, model, ran = tmp_path / "tokenizer", tmp_path / "model", tmp_path / "ran"
     for folder in (tokenizer, model):
-        (folder / "own.py").write_text(CODE.replace("{ran}", str(tmp_path / "ran")))
+        tiny.tiny_model(folder, seed=3)
+        (folder / "own.py").write_text(CODE.replace("{ran}", str(ran)))
     settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
     settings |= {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
     (model / "config.json").write_text(json.dumps(config))
-    places = ["--prompts", f"{here}/p.jsonl", "--prompt-column", "goal", "--max-response-tokens", "2", "-k", "3"]
-    commands = {
-        "t": ["from-templates", "--tokenizer", str(tokenizer), "--output", f"{tmp_path}/t"],
-        "a": ["compute", "--aligned", str(model), "--base", f"{here}/base", *places, "--output", f"{tmp_path}/a"],
-        "b": ["compute", "--aligned", f"{here}/base", "--base", str(model), *places, "--output", f"{tmp_path}/b"],
-    }
-    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    for name, arguments in commands.items():
-        for allowed in (False, True):
-            command = [sys.executable, "-m", "pact_tune.cli", "tokens", *arguments]
-            command += ["--trust-remote-code"] if allowed else []
-            done = subprocess.run(command, input="y\ny\n", capture_output=True, text=True, env=environment)
-            assert (tmp_path / "ran").exists() == allowed, (name, done.stderr)
-            assert (done.returncode == 0) == allowed, (name, done.stderr)
-            assert (tmp_path / name).exists() == allowed
-            if not allowed:
-                assert "needs code of its own to be run" in done.stderr.strip().splitlines()[-1]
-        (tmp_path / "ran").unlink()
-    assert SafetyTokens.load(tmp_path / "a").provenance["trust_remote_code"] is True
+
+    template = ["tokens", "from-templates", "--tokenizer", str(tokenizer), "--output", f"{tmp_path}/t"]
+    cli.main(template)  # transformers has a class of its own for such a tokenizer
+    assert not ran.exists()
+    aligned, base = ["--aligned", str(model)], ["--aligned", f"{here}/base", "--base", str(model)]
+    cover = ["tokens", "show", f"{here}/s", "--model", str(model), "--prompts", f"{here}/p.jsonl"]
+    cover += ["--prompt-column", "goal"]
+    intervene = ["tokens", "intervene", "--model", str(model), "--tokens", *cover[2:3], *cover[5:]]
+    refused = [lambda: compute(here, "own", *aligned), lambda: compute(here, "other", *base)]
+    refused += [lambda: cli.main(cover), lambda: cli.main(intervene)]
+    for command in refused:
+        assert command() == 1
+        assert "needs code of its own to be run" in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not ran.exists() and not (here / "own").exists()
+
+    assert cli.main([*template, "--trust-remote-code"]) == 0
+    assert ran.exists()
+    ran.unlink()
+    assert compute(here, "own", *aligned, "--trust-remote-code") == 0
+    assert ran.exists() and SafetyTokens.load(here / "own").provenance["trust_remote_code"] is True
 
 
 def test_a_traceback_is_shown_on_request_only(tmp_path):
