@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from pact_tune import hub
 from pact_tune.errors import UserError
+from pact_tune.families import Model
 from pact_tune.publishing import model_card, publish
 from pact_tune.safety_tokens import SafetyTokens
 
@@ -301,5 +302,5 @@ def test_known_names(published, monkeypatch):
         hub.NotPublishedError, match="pact tokens compute --aligned Qwen/Qwen2.5-7B-Instruct --base Qwen/"
     ):
         SafetyTokens.load("Qwen2.5-7B-Instruct")
-    monkeypatch.setitem(hub.KNOWN, "model-a", hub.Family("a", "b", published=REPO))
+    monkeypatch.setitem(hub.KNOWN, "model-a", Model("a", "b", published=REPO))
     assert SafetyTokens.load("model-a").ids.tolist() == [5, 3]
