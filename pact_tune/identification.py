@@ -226,7 +226,6 @@ def identify_safety_tokens(
         "aligned_version": hub.commit_of(folders["aligned"]) or weights["aligned"],
         "base_version": hub.commit_of(folders["base"]) or weights["base"],
         "aligned_weights": weights["aligned"],
-        "trust_remote_code": trust_remote_code,
     }
     _claim_work_dir(run, models, harmful, benign)
 
@@ -281,6 +280,7 @@ def identify_safety_tokens(
             "temperature": temperature,
             "seed": seed,
             "leave_out_style": leave_out_style,
+            "trust_remote_code": trust_remote_code,
             "responses": "generated" if responses is None else "given",
             "dtype": str(
                 _DTYPES.get(run.dtype) or compute_dtype(folders["aligned"], run.device, trust_remote_code)
