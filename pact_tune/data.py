@@ -1,24 +1,24 @@
-"""Training rows from JSON, JSONL, CSV, TSV or a Hub data set, with a second source mixed in where asked for."""
+"""Training rows to conversations: layouts, mixtures, and what becomes of rows that cannot be trained on."""
 
-import csv
-import functools
-import io
 import json
+import math
 import random
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pact_tune.conversations import Conversation, Message, RejectedChat, one_line, render
+from pact_tune import log
+from pact_tune.conversations import Conversation, Message, RejectedChat, is_response, render_turns
 from pact_tune.errors import UserError, unknown_key
+from pact_tune.rows import BrokenRow, Source, read_places
 
 COLUMN_KEYS = ("messages", "system", "prompt", "input", "response")
-MIX_KEYS = ("source", "fraction", "name", "split", "columns")
-# Columns that are understood without being mapped, the first layout that a source has; `input` is optional in a row.
+MIX_KEYS = ("source", "fraction", "name", "split", "columns", "ce_weight", "constraint_weight")
+# Columns that are understood without being mapped. A row is read by the first layout of which it has all columns;
+# `input` may be missing, and any layout may have a system column beside it.
 KNOWN_LAYOUTS = (
     {"messages": "messages"},
     {"messages": "conversations"},
@@ -28,40 +28,62 @@ KNOWN_LAYOUTS = (
     {"prompt": "question", "response": "answer"},
     {"prompt": "input", "response": "output"},
 )
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ROLES = {
+    **{name: "user" for name in ("user", "human")},
+    **{name: "assistant" for name in ("assistant", "gpt", "model", "bot", "chatgpt")},
+    **{name: "system" for name in ("system", "developer")},
+    **{name: "tool" for name in ("tool", "function", "observation")},
+}
+# Keys of a turn that its chat template gets to see beside role and content.
+PASSED_ON = ("tool_calls", "reasoning_content", "name", "tool_call_id")
+READ_KEYS = {"role", "from", "content", "value", "weight", *PASSED_ON}
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on; the message, behind a number of rows, says why."""
 
 
 @dataclass
 class Counts:
-    """What became of the rows of one source.
+    """What became of the rows of one source; plain values, so that it can be written as JSON.
 
     Attributes:
-        source (str): file or data set.
+        source (str): file, folder or data set.
         used (int): rows that are trained on.
-        no_response (int): rows left out because no assistant turn has text.
-        too_long (int): rows left out because they exceed ``max_seq_len`` tokens.
-        malformed (int): rows left out because a column is missing, too many or not of the expected kind.
-        rejected (int): rows left out because the chat template does not take them.
-        rejected_because (str): why the first of those was rejected.
+        conversations (int): what they became: more than the rows where the chat template rewrites earlier turns.
+        context_turns (int): assistant turns of these rows that are context and no response: without text, with tool
+            calls, of weight 0, or in the prompt of a row of prompt and completion.
+        left_out (dict[str, dict[str, Any]]): for each reason, how many ``rows`` were left out, and the place of the
+            ``first``.
+        ignored (list[str]): columns, and keys of turns ("messages[].id"), that nothing was read from.
     """
 
     source: str
     used: int = 0
-    no_response: int = 0
-    too_long: int = 0
-    malformed: int = 0
-    rejected: int = 0
-    rejected_because: str = ""
+    conversations: int = 0
+    context_turns: int = 0
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+    def leave_out(self, reason: str, place: str) -> None:
+        """Counts a row that is not used."""
+        self.left_out.setdefault(reason, {"rows": 0, "first": place})["rows"] += 1
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Notes what is not read, each name once."""
+        self.ignored = sorted({*self.ignored, *names})
 
     def __str__(self) -> str:
-        left_out = {
-            "without a response": self.no_response,
-            "over max_seq_len": self.too_long,
-            "malformed": self.malformed,
-            f"rejected: {self.rejected_because.rstrip('.')}": self.rejected,
-        }
-        notes = ", ".join(f"{number} {name}" for name, number in left_out.items() if number)
-        return f"{self.used} rows of {self.source}" + (f" (left out: {notes})" if notes else "")
+        reasons = [f"{entry['rows']} {reason}, first {entry['first']}" for reason, entry in self.left_out.items()]
+        notes = [f"left out: {'; '.join(reasons)}"] if reasons else []
+        if self.context_turns:
+            notes.append(f"{self.context_turns} assistant turns are context only")
+        if self.conversations > self.used:
+            notes.append(f"{self.conversations} texts, since the chat template rewrites earlier turns")
+        if self.ignored:
+            notes.append(f"not read: {', '.join(self.ignored)}")
+        return f"{self.used} rows of {self.source}" + (f" ({'. '.join(notes)})" if notes else "")
 
 
 @dataclass
@@ -82,13 +104,13 @@ class ChatDataset:
 
 def chat_dataset(
     tokenizer: PreTrainedTokenizerBase,
-    source: str,
+    source: Source,
     name: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     columns: Mapping[str, str] | None = None,
     system: str | None = None,
     n: int | None = None,
-    mix: Mapping[str, Any] | None = None,
+    mix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     seed: int = 0,
     max_seq_len: int | None = None,
     progress: bool = True,
@@ -97,15 +119,19 @@ def chat_dataset(
 
     Args:
         tokenizer (PreTrainedTokenizerBase): the model's own tokenizer, with its chat template.
-        source (str): a .json, .jsonl, .csv or .tsv file, or the name of a Hub data set.
+        source (Source): a file, a folder of files, the name of a Hub data set, or a list of these
+            (:func:`pact_tune.rows.read_places`).
         name (str | None): configuration of a Hub data set ("main" of openai/gsm8k).
-        split (str): split of a Hub data set.
+        split (str | None): split of a Hub data set; default "train". A file has none.
         columns (Mapping[str, str] | None): which column holds "prompt", "input" (appended to the prompt), "response"
-            and "system", or "messages" and "system"; None recognises the usual layouts.
+            and "system", or "messages" and "system"; None recognises the usual layouts, each row by its own.
         system (str | None): a system message put before every row that has none.
-        n (int | None): how many rows to train on, both sources together, drawn without replacement; None takes all.
-        mix (Mapping[str, Any] | None): a second source: ``source``, ``fraction`` (its share p of all rows) and, where
-            needed, ``name``, ``split`` and ``columns``. ``n: 5000`` with ``fraction: 0.1`` is the paper's setting.
+        n (int | None): how many rows to train on, all sources together, drawn without replacement; None takes all.
+        mix (Mapping[str, Any] | Sequence[Mapping[str, Any]] | None): a second source, or a list of further ones:
+            ``source``, ``fraction`` (its share p of all rows) and, where needed, ``name``, ``split`` and ``columns``.
+            ``n: 5000`` with ``fraction: 0.1`` is the paper's setting. ``ce_weight`` multiplies the cross-entropy of these
+            rows and ``constraint_weight`` their constraint (both 1 unless given): ``ce_weight: 0`` keeps rows for the
+            constraint alone, ``constraint_weight: 0`` trains on them without it.
         seed (int): of the drawing and of the order.
         max_seq_len (int | None): rows of more tokens are left out, and counted.
         progress (bool): show a progress bar.
@@ -117,149 +143,74 @@ def chat_dataset(
         UserError: no such file, an unknown layout, or fewer usable rows than asked for.
     """
     for key, value in (("n", n), ("max_seq_len", max_seq_len)):
-        if value is not None and not (isinstance(value, int) and value >= 1):
+        if value is not None and not (type(value) is int and value >= 1):
             raise UserError(f"dataset.{key} is {value!r}; it must be a whole number from 1, or null for no limit.")
     rng = random.Random(seed)
     reader = _Reader(tokenizer, system, max_seq_len, progress)
-    if mix is None:
-        conversations, counts = reader.take(_Source(source, name, split, columns), n, rng)
-        return ChatDataset(_not_empty(conversations, [counts]), [counts])
+    others = [] if mix is None else [mix] if isinstance(mix, Mapping) else list(mix)
+    mixed = [
+        _mixed(other, "dataset.mix" if isinstance(mix, Mapping) else f"dataset.mix[{i}]")
+        for i, other in enumerate(others)
+    ]
+    fractions = [fraction for fraction, _ in mixed]
+    total = sum(fractions)
+    if total >= 1:
+        raise UserError(f"The fractions of dataset.mix add up to {total:g}; they leave no room for dataset.source.")
 
-    fraction = _mix_fraction(mix)
-    second = _Source(**{key: mix[key] for key in mix if key != "fraction"})
-    first_n = None if n is None else n - round(n * fraction)
+    wanted = None if n is None else [round(n * fraction) for fraction in fractions]
+    first_n = None if n is None or wanted is None else n - sum(wanted)
     conversations, counts = reader.take(_Source(source, name, split, columns), first_n, rng)
-    second_n = round(counts.used * fraction / (1 - fraction)) if n is None else n - first_n
-    more, more_counts = reader.take(second, second_n, rng)
-    conversations = _not_empty(conversations + more, [counts, more_counts])
-    rng.shuffle(conversations)
-    return ChatDataset(conversations, [counts, more_counts])
-
-
-def _mix_fraction(mix: Mapping[str, Any]) -> float:
-    """The second source's share of all rows, from a section whose keys are all known."""
-    for key in mix:
-        if key not in MIX_KEYS:
-            raise unknown_key(key, MIX_KEYS, "section 'dataset.mix'")
-    if "source" not in mix or "fraction" not in mix:
-        raise UserError("Section 'dataset.mix' needs a source and a fraction from 0 to below 1.")
-    fraction = mix["fraction"]
-    if not (isinstance(fraction, int | float) and 0 <= fraction < 1):
-        raise UserError(
-            f"dataset.mix.fraction is {fraction}; it is the second source's share of all rows, from 0 to below 1."
-        )
-    return fraction
-
-
-def read_rows(
-    source: str | Path, name: str | None = None, split: str = "train", options: Mapping[str, Any] | None = None
-) -> list[Any]:
-    """Rows of a file or of a Hub data set, as they stand there.
-
-    Args:
-        source (str | Path): a .json, .jsonl, .csv, .tsv or .txt file (UTF-8), or the name of a Hub data set. In a .tsv
-            file quotation marks are text like any other.
-        name (str | None): configuration of a Hub data set.
-        split (str): split of a Hub data set.
-        options (Mapping[str, Any] | None): what a Hub data set's own builder needs to be told.
-
-    Returns:
-        list[Any]: one dict a row, of a .txt file one str a line. In place of a broken row (a JSONL line that cannot be
-            parsed, a CSV row of too many fields) stands the UserError that says so: the caller counts it or raises it.
-
-    Raises:
-        UserError: no such file or data set, or a file that cannot be read.
-    """
-    path = Path(source)
-    kinds = ", ".join(_READERS)
-    if path.is_file() or path.suffix in _READERS:
-        if path.suffix not in _READERS:
-            raise UserError(f"'{source}' is of an unknown kind: give a {kinds} file.")
-        if not path.is_file():
-            raise UserError(f"The file '{source}' does not exist: check the path.")
-        try:
-            text = path.read_bytes().decode("utf-8-sig")  # Windows programs begin a file with a byte-order mark
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"'{source}' cannot be read as UTF-8 text ({error}): save it as UTF-8.") from error
-        return _READERS[path.suffix](source, text)
-    import datasets  # takes seconds to import, and only Hub data need it
-
-    try:
-        return list(datasets.load_dataset(str(source), name, split=split, **(options or {})))
-    except Exception as error:  # datasets raises its own, fsspec's and huggingface_hub's types
-        raise UserError(
-            f"The data set '{source}' (split '{split}') could not be loaded ({one_line(error)}): check the name, log in "
-            f"with `hf auth login` where it asks for access, or give a {kinds} file."
-        ) from error
-
-
-def _read_json(source: str | Path, text: str) -> list[Any]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise UserError(
-            f"'{source}' is not valid JSON ({error}): mend it; a file with one row a line is called .jsonl."
-        ) from error
-    if not isinstance(rows, list):
-        kind = type(rows).__name__
-        raise UserError(f"'{source}' holds one JSON {kind}, not a JSON list: put the rows in a list, or give JSONL.")
-    return rows
-
-
-def _lines(text: str) -> Iterable[str]:
-    # Not splitlines(): JSON allows U+2028 and its like inside a string.
-    return io.StringIO(text, newline="")
-
-
-def _read_jsonl(source: str | Path, text: str) -> list[Any]:
-    return [_parse_line(source, number, line) for number, line in enumerate(_lines(text), 1) if line.strip()]
-
-
-def _parse_line(source: str | Path, number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        reason = str(error).split(": line 1 ")[0]  # each line is the parser's first
-        return UserError(f"'{source}' is not valid JSON at line {number} ({reason}): mend or remove the line.")
-
-
-def _read_csv(source: str | Path, text: str, **dialect: Any) -> list[Any]:
-    csv.field_size_limit(2**31 - 1)  # the module's own limit of 131,072 characters would end the run
-    reader = csv.DictReader(_lines(text), strict=True, **dialect)
-    try:
-        # A surplus field stands under None: a comma that was not quoted has then cut the last column short.
-        return [
-            UserError(f"'{source}' has more fields than columns at line {reader.line_num}: mend or remove the row.")
-            if None in row
-            else row
-            for row in reader
-        ]
-    except csv.Error as error:
-        raise UserError(
-            f"'{source}' is not valid CSV (line {reader.reader.line_num}: {error}): a field with quotation marks must "
-            "stand in quotation marks, its own ones doubled."
-        ) from error
-
-
-def _read_txt(source: str | Path, text: str) -> list[Any]:
-    return [line.strip() for line in _lines(text) if line.strip()]
-
-
-_READERS = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": functools.partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE),
-    ".txt": _read_txt,
-}
+    all_counts = [counts]
+    if wanted is None:
+        wanted = [round(counts.used * fraction / (1 - total)) for fraction in fractions]
+    for (_, other), number in zip(mixed, wanted, strict=True):
+        more, more_counts = reader.take(other, number, rng)
+        conversations += more
+        all_counts.append(more_counts)
+    if not conversations:
+        raise UserError(f"No row can be trained on: {'; '.join(map(str, all_counts))}.")
+    if mixed:
+        rng.shuffle(conversations)
+    return ChatDataset(conversations, all_counts)
 
 
 @dataclass(frozen=True)
 class _Source:
-    source: str
+    source: Source
     name: str | None = None
-    split: str = "train"
+    split: str | None = None
     columns: Mapping[str, str] | None = None
+    ce_weight: float = 1.0
+    constraint_weight: float = 1.0
+
+    @property
+    def title(self) -> str:
+        return str(self.source) if isinstance(self.source, str | Path) else ", ".join(map(str, self.source))
+
+
+def _mixed(mix: Mapping[str, Any], where: str) -> tuple[float, _Source]:
+    """A further source and its share of all rows, from a section whose keys are all known."""
+    if not isinstance(mix, Mapping):
+        raise UserError(f"Section '{where}' is {mix!r}; it is a mapping with a source and a fraction.")
+    for key in mix:
+        if key not in MIX_KEYS:
+            raise unknown_key(key, MIX_KEYS, f"section '{where}'")
+    if "source" not in mix or "fraction" not in mix:
+        raise UserError(f"Section '{where}' needs a source and a fraction from 0 to below 1.")
+    fraction = mix["fraction"]
+    if not (_is_number(fraction) and 0 <= fraction < 1):
+        raise UserError(f"{where}.fraction is {fraction}; it is the source's share of all rows, from 0 to below 1.")
+    source = _Source(**{key: value for key, value in mix.items() if key != "fraction"})
+    for key, weight in (("ce_weight", source.ce_weight), ("constraint_weight", source.constraint_weight)):
+        if not (_is_number(weight) and 0 <= weight < math.inf):
+            raise UserError(f"{where}.{key} is {weight}; it is a factor from 0, and 1 leaves it as it is.")
+    if source.ce_weight == source.constraint_weight == 0:
+        raise UserError(f"Both weights of '{where}' are 0, so its rows do nothing: leave the source out.")
+    return fraction, source
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass
@@ -270,107 +221,264 @@ class _Reader:
     progress: bool
 
     def take(self, where: _Source, wanted: int | None, rng: random.Random) -> tuple[list[Conversation], Counts]:
-        """The first ``wanted`` usable rows in a shuffled order, or all of them in the file's order."""
-        source = where.source
-        rows = read_rows(source, where.name, where.split)
-        layout = _layout(rows, where.columns, source)
+        """Conversations of the first ``wanted`` usable rows in a shuffled order, or of all of them in the file's order."""
+        rows = read_places(where.source, where.name, where.split)
+        _check_columns([row for _, row in rows], where)
         if wanted is not None:
             rng.shuffle(rows)
-        counts = Counts(source)
+        counts = Counts(where.title)
         conversations: list[Conversation] = []
-        for row in tqdm(
-            rows, desc=f"Tokenizing {Path(source).name}", unit="row", disable=not self.progress, leave=False
+        for place, row in log.progress(
+            rows, desc=f"Tokenizing {where.title}", unit="row", disable=not self.progress, leave=False
         ):
             if counts.used == wanted:
                 break
-            conversation = self._conversation(row, layout, counts)
-            if conversation is not None:
-                conversations.append(conversation)
+            try:
+                conversations += self._conversations(row, where, counts)
                 counts.used += 1
+            except BadRow as error:
+                counts.leave_out(str(error), place)
+        counts.conversations = len(conversations)
         if wanted is not None and counts.used < wanted:
-            raise UserError(f"{wanted} rows of '{source}' are asked for, but only {counts.used} are usable: {counts}.")
-        return conversations, counts
+            raise UserError(
+                f"{wanted} rows of '{where.title}' are asked for, but only {counts.used} are usable: {counts}."
+            )
+        weights = {"ce_weight": where.ce_weight, "weight": where.constraint_weight}
+        return [replace(conversation, **weights) for conversation in conversations], counts
 
-    def _conversation(self, row: Any, layout: Mapping[str, str], counts: Counts) -> Conversation | None:
+    def _conversations(self, row: Any, where: _Source, counts: Counts) -> list[Conversation]:
+        """What a row becomes: one conversation, or several where the template rewrites earlier turns.
+
+        Raises:
+            BadRow: it cannot be trained on.
+        """
+        if isinstance(row, BrokenRow):
+            raise BadRow(row.reason)
+        if not isinstance(row, dict):
+            raise BadRow("that are no objects with columns")
+        layout = where.columns or _layout(row)
+        counts.ignore(_ignored(row, layout))
         messages = _messages(row, layout)
-        if messages is None:
-            counts.malformed += 1
-            return None
-        if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
-            counts.no_response += 1
-            return None
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
+        _check_unicode(messages)
         try:
-            conversation = render(self.tokenizer, messages)
+            conversations = render_turns(self.tokenizer, messages)
         except RejectedChat as error:
-            counts.rejected += 1
-            counts.rejected_because = counts.rejected_because or str(error)
-            return None
-        if self.max_seq_len is not None and len(conversation.tokens) > self.max_seq_len:
-            counts.too_long += 1
-            return None
-        return conversation
+            raise BadRow(f"rejected: {str(error).rstrip('.')}") from error
+        if not conversations:
+            raise BadRow("without a response")
+        if self.max_seq_len is not None and max(len(c.tokens) for c in conversations) > self.max_seq_len:
+            raise BadRow("over max_seq_len")
+        counts.context_turns += sum(m["role"] == "assistant" and not is_response(m) for m in messages)
+        return conversations
 
 
-def _layout(rows: list[Any], columns: Mapping[str, str] | None, source: str) -> Mapping[str, str]:
-    present = {key for row in rows if isinstance(row, dict) for key in row}
-    if columns is not None:
-        for key in columns:
+# Layouts -------------------------------------------------------------------------------------------------------------
+
+
+def _check_columns(rows: Sequence[Any], where: _Source) -> None:
+    """Raises UserError where a whole source has no layout that is known, or not the columns that it is said to have."""
+    present = {str(key) for row in rows if isinstance(row, dict) for key in row}
+    if where.columns is not None:
+        for key in where.columns:
             if key not in COLUMN_KEYS:
                 raise unknown_key(key, COLUMN_KEYS, "section 'dataset.columns'")
-        if rows and (missing := [name for name in columns.values() if name not in present]):
-            raise unknown_key(missing[0], present, f"the columns of '{source}'")
-        if "messages" not in columns and not {"prompt", "response"} <= set(columns):
+        if rows and (missing := [name for name in where.columns.values() if name not in present]):
+            raise unknown_key(missing[0], present, f"the columns of '{where.title}'")
+        if "messages" not in where.columns and not {"prompt", "response"} <= set(where.columns):
             raise UserError("Section 'dataset.columns' must name 'messages', or both 'prompt' and 'response'.")
-        return columns
-    for layout in KNOWN_LAYOUTS:
-        if {name for key, name in layout.items() if key != "input"} <= present:
-            return layout
+        return
     if not rows:
-        raise UserError(f"'{source}' holds no rows: give a data set with at least one.")
-    raise UserError(
-        f"'{source}' has the columns {', '.join(sorted(present)) or '(none)'}, which is no layout that is recognised: "
-        "say which is which with dataset.columns.prompt and dataset.columns.response."
+        raise UserError(f"'{where.title}' holds no rows: give a data set with at least one.")
+    if not any(_needed(layout) <= present for layout in KNOWN_LAYOUTS):
+        raise UserError(
+            f"'{where.title}' has the columns {', '.join(sorted(present)) or '(none)'}, which is no layout that is "
+            "recognised: say which is which with dataset.columns.prompt and dataset.columns.response."
+        )
+
+
+def _needed(layout: Mapping[str, str]) -> set[str]:
+    return {name for key, name in layout.items() if key not in ("input", "system")}
+
+
+def _layout(row: Mapping[str, Any]) -> Mapping[str, str]:
+    """The known layout of a row: that of the columns that have a value, of all its columns, or of some."""
+    filled = _filled(row)
+    layout = (
+        next((layout for layout in KNOWN_LAYOUTS if _needed(layout) <= filled), None)
+        or next((layout for layout in KNOWN_LAYOUTS if _needed(layout) <= set(row)), None)
+        or next((layout for layout in KNOWN_LAYOUTS if _needed(layout) & set(row)), None)
+    )
+    if layout is None:
+        raise BadRow("with columns of no known layout")
+    system = next((name for name in SYSTEM_COLUMNS if name in filled), None)
+    return layout if system is None else {**layout, "system": system}
+
+
+def _filled(row: Mapping[str, Any]) -> set[str]:
+    """The columns of a row that hold something; a table fills the columns of other layouts with nulls or blanks."""
+    return {name for name, value in row.items() if not (_is_missing(value) or value == "" or value == [])}
+
+
+def _ignored(row: Mapping[str, Any], layout: Mapping[str, str]) -> set[str]:
+    """Columns of a row, and keys of its turns, that have a value and are not read."""
+    ignored = {name or "(unnamed)" for name in _filled(row) - set(layout.values())}
+    for key in ("messages", "prompt", "response"):
+        turns = row.get(layout.get(key, ""))
+        if isinstance(turns, list):
+            keys = {
+                k for turn in turns if isinstance(turn, dict) for k, value in turn.items() if not _is_missing(value)
+            }
+            if keys & {"role", "from"}:
+                ignored |= {f"{layout[key]}[].{k}" for k in keys - READ_KEYS}
+    return ignored
+
+
+def _is_missing(value: Any) -> bool:
+    """Null, in JSON or in a table."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _messages(row: Mapping[str, Any], layout: Mapping[str, str]) -> list[Message]:
+    """The turns of a row.
+
+    Raises:
+        BadRow: there are none, or what stands there is neither text nor a turn.
+    """
+    # A row may lack a column that others have (the released data's rows without input).
+    values = {key: row.get(name) for key, name in layout.items()}
+    system = as_text(values.get("system"), "a system message")
+    if "messages" in layout:
+        messages = _turns(values["messages"])
+    elif _is_turns(values["prompt"]):
+        messages = _prompt_and_completion(values["prompt"], values["response"])
+    else:
+        prompt, more = as_text(values["prompt"], "a prompt"), as_text(values.get("input"), "an input")
+        # The released data put instruction and input on one line.
+        prompt = f"{prompt} {more}".strip() if more else prompt
+        if not prompt:
+            raise BadRow("without a prompt")
+        messages = [{"role": "user", "content": prompt}, *_completion(values["response"])]
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return messages
+
+
+def _prompt_and_completion(prompt: Any, completion: Any) -> list[Message]:
+    """A prompt of several turns and its answer: TRL's layout, in which the answer alone is trained on."""
+    before = _turns(prompt)
+    for turn in before:
+        if turn["role"] == "assistant":
+            turn["weight"] = 0
+    return [*before, *_completion(completion)]
+
+
+def _completion(value: Any) -> list[Message]:
+    if _is_turns(value):
+        return _turns(value)
+    return [{"role": "assistant", "content": as_text(value, "a response")}]
+
+
+def _is_turns(value: Any) -> bool:
+    return isinstance(value, list) and any(
+        isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value
     )
 
 
-def _messages(row: Any, layout: Mapping[str, str]) -> list[Message] | None:
-    """The turns of a row, or None when it is malformed."""
-    if not isinstance(row, dict):
-        return None
-    # A row may lack a column that others have (the released data's rows without input).
-    values = {key: row.get(name) for key, name in layout.items()}
-    texts = {key: "" if values.get(key) is None else values[key] for key in ("prompt", "input", "response", "system")}
-    if not all(isinstance(text, str) for text in texts.values()):
-        return None
-    if "messages" in layout:
-        messages = _chat_messages(values["messages"])
-    elif texts["prompt"] or texts["input"]:
-        # The released data put instruction and input on one line.
-        prompt = f"{texts['prompt']} {texts['input']}".strip() if texts["input"] else texts["prompt"]
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts["response"]}]
-    else:
-        return None
-    if messages and texts["system"] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": texts["system"]}, *messages]
-    return messages
+def _turns(turns: Any) -> list[Message]:
+    """Turns as OpenAI or ShareGPT write them, or the JSON of such.
+
+    Raises:
+        BadRow: they are not.
+    """
+    if isinstance(turns, str):
+        try:
+            turns = json.loads(turns)
+        except (ValueError, RecursionError):
+            raise BadRow("with messages that are a text and not JSON") from None
+    if not turns:
+        raise BadRow("without messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow("with messages that are no list of turns")
+    return [_turn(turn) for turn in turns]
 
 
-def _chat_messages(turns: Any) -> list[Message] | None:
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        return None
-    messages: list[Message] = []
-    for turn in turns:
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if not isinstance(role, str) or role not in SHAREGPT_ROLES or not isinstance(content, str):
-            return None
-        messages.append({"role": SHAREGPT_ROLES[role], "content": content})
-    return messages
+def _turn(turn: Mapping[str, Any]) -> Message:
+    name = _first(turn, "role", "from")
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        raise BadRow(f"with a turn of role {str(name)[:40]!r}" if name is not None else "with a turn without a role")
+    passed_on = {key: turn[key] for key in PASSED_ON if not _is_missing(turn.get(key))}
+    if "tool_calls" in passed_on:
+        passed_on["tool_calls"] = [_parsed(call) for call in _listed(passed_on["tool_calls"])]
+    value = _first(turn, "content", "value")
+    if value is None and role != "assistant":
+        raise BadRow(f"with a {role} turn without text")
+    weight = _first(turn, "weight")
+    if weight not in (None, 0, 1):
+        raise BadRow("with a turn whose weight is neither 0 nor 1")
+    if weight == 0:
+        passed_on["weight"] = 0
+    return cast(Message, {"role": role, "content": as_text(value, f"a turn of the {role}"), **passed_on})
 
 
-def _not_empty(conversations: list[Conversation], counts: Iterable[Counts]) -> list[Conversation]:
-    if not conversations:
-        raise UserError(f"No row can be trained on: {'; '.join(map(str, counts))}.")
-    return conversations
+def _first(turn: Mapping[str, Any], *keys: str) -> Any:
+    return next((turn[key] for key in keys if not _is_missing(turn.get(key))), None)
+
+
+def _listed(calls: Any) -> list[Any]:
+    if not isinstance(calls, list):
+        raise BadRow("with tool_calls that are no list")
+    return calls
+
+
+def _parsed(call: Any) -> Any:
+    """A tool call whose arguments are an object, as chat templates expect it, and not JSON text, as OpenAI writes it."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        raise BadRow("with a tool call whose arguments are not JSON") from None
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def as_text(value: Any, what: str) -> str:
+    """A text, a number as text, or the texts of content parts (``[{"type": "text", "text": ...}]``) in one.
+
+    Args:
+        value (Any): from a row; null is an empty text.
+        what (str): the value, for people ("a prompt").
+
+    Returns:
+        str: the text.
+
+    Raises:
+        BadRow: it is something else.
+    """
+    if isinstance(value, str):
+        return value
+    if _is_missing(value):
+        return ""
+    if _is_number(value):
+        return str(value)
+    if not isinstance(value, list):
+        raise BadRow(f"with {what} that is neither text nor number")
+    return "".join(_part(part, what) for part in value)
+
+
+def _part(part: Any, what: str) -> str:
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if kind != "text" or not isinstance(part.get("text"), str):
+        raise BadRow(f"with {what} that holds {str(kind)[:40]!r} and not only text")
+    return cast(str, part["text"])
+
+
+def _check_unicode(messages: list[Message]) -> None:
+    """Raises BadRow for half a surrogate pair, which JSON can write and no tokenizer takes."""
+    try:
+        json.dumps(messages, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise BadRow("with a lone surrogate, which is no character") from None

@@ -3,17 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from pact_tune.data import read_rows
+from pact_tune.data import BadRow, as_text
 from pact_tune.errors import UserError
+from pact_tune.rows import Source, read_rows
 
 Row = dict[str, Any]
 
 
 def read_prompts(
-    source: str | Path,
+    source: Source,
     *,
     name: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     where: dict[str, str] | None = None,
     limit: int | None = None,
     options: dict[str, Any] | None = None,
@@ -21,9 +22,9 @@ def read_prompts(
     """Reads rows in their order.
 
     Args:
-        source (str | Path): what :func:`pact_tune.data.read_rows` reads; a .txt file holds one prompt a line.
+        source (Source): what :func:`pact_tune.rows.read_rows` reads; a .txt file holds one prompt a line.
         name (str | None): configuration of a Hub data set.
-        split (str): split of a Hub data set.
+        split (str | None): split of a Hub data set; default "train".
         where (dict[str, str] | None): keep the rows whose columns have these values.
         limit (int | None): at most how many rows, counted after `where`; None: all.
         options (dict[str, Any] | None): what a Hub data set's own builder needs to be told.
@@ -70,10 +71,17 @@ def column(rows: list[Row], name: str, source: str | Path) -> list[str]:
     """
     if name not in rows[0]:
         raise UserError(f"'{source}' has no column '{name}'; it has: {_columns(rows[0])}.")
+    texts = []
     for number, row in enumerate(rows, 1):
-        if not isinstance(row.get(name), str) or not row[name].strip():
+        try:
+            text = as_text(row.get(name), "a value")
+            text.encode()  # half a surrogate pair, which JSON can write, is no text
+        except (BadRow, UnicodeEncodeError):
+            text = ""
+        if not text.strip():
             raise UserError(f"Row {number} of '{source}' has no text in column '{name}': mend or remove the row.")
-    return [row[name] for row in rows]
+        texts.append(text)
+    return texts
 
 
 def _columns(row: Row) -> str:

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     prompts.add_argument("--prompt-column", help="default: prompt, or the one of a named set")
     prompts.add_argument("--prompts-config", help="configuration of a Hub data set")
-    prompts.add_argument("--prompts-split", default="train")
+    prompts.add_argument("--prompts-split", help="split of a Hub data set (default: train)")
     prompts.add_argument("--where", action="append", default=[], metavar="COLUMN=VALUE", help="keep only such rows")
     prompts.add_argument("--num-prompts", type=int, help="the first so many")
     prompts.add_argument("--response-column", help="take the responses from there, rather than from the aligned model")
