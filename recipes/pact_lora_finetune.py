@@ -36,7 +36,7 @@ from pact_tune.batching import (
     response_only_views,
     to_device,
 )
-from pact_tune.conversations import Conversation, response_only_prefix
+from pact_tune.conversations import Conversation, response_only_prefix, show
 from pact_tune.distributed import finish
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, remove_partial
@@ -106,6 +106,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.dataset = config.instantiate(cfg.dataset, self.tokenizer)
         for counts in self.dataset.counts:
             self._say(f"Data: {counts}")
+        self._say(f"A row, its response marked by >>> and <<<:\n{show(self.tokenizer, self.dataset.conversations[0])}")
         self.objective.to(self.device)
         self._setup_steps()
         state = self.load_checkpoint() if cfg.resume_from_checkpoint else None

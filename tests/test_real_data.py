@@ -142,7 +142,7 @@ def test_every_row_is_tokenized_and_counted(family):
         print(f"{family.name} {name}: {data.counts[0]} in {seconds:.1f} s")
         (counts,) = data.counts
         assert (counts.used, len(data)) == (entry["rows"], entry["rows"])
-        assert (counts.no_response, counts.too_long, counts.malformed, counts.rejected) == (0, 0, 0, 0)
+        assert counts.left_out == {}
         for conversation in data.conversations:
             ((start, end),) = conversation.responses
             assert 0 < start < end == len(conversation.tokens)
@@ -151,7 +151,7 @@ def test_every_row_is_tokenized_and_counted(family):
         limit = sorted(lengths)[len(lengths) // 2]
         (counts,) = chat_dataset(tokenizer, entry["source"], max_seq_len=limit, progress=False).counts
         assert counts.used == sum(length <= limit for length in lengths)
-        assert counts.too_long == entry["rows"] - counts.used > 0
+        assert counts.left_out["over max_seq_len"]["rows"] == entry["rows"] - counts.used > 0
 
 
 def test_ag_news_has_one_response_only_view_a_label(family, tmp_path):
