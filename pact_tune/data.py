@@ -11,6 +11,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from pact_tune import log
+from pact_tune.config import Count, Seed
 from pact_tune.conversations import Conversation, Message, RejectedChat, is_response, render_turns
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.rows import BrokenRow, Source, read_places
@@ -109,10 +110,10 @@ def chat_dataset(
     split: str | None = None,
     columns: Mapping[str, str] | None = None,
     system: str | None = None,
-    n: int | None = None,
+    n: Count | None = None,
     mix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    seed: int = 0,
-    max_seq_len: int | None = None,
+    seed: Seed = 0,
+    max_seq_len: Count | None = None,
     progress: bool = True,
 ) -> ChatDataset:
     """Reads, checks and tokenizes chat or instruction data.

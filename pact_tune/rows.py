@@ -7,13 +7,13 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pact_tune.errors import UserError, one_line
 
-Source = str | Path | Iterable[str | Path]
+Source = str | Path | Sequence[str | Path]
 # Files that are named after splits say how their folder is divided; not all of it is to be trained on.
 SPLIT_NAMES = re.compile(r"(^|[^a-z])(train|training|test|testing|valid|validation|dev|eval|evaluation)([^a-z]|$)")
 
@@ -69,7 +69,7 @@ def read_places(
         UserError: no such file or data set, a file that cannot be read, or a split or configuration of a file.
     """
     if not isinstance(source, str | Path):
-        several = list(source) if isinstance(source, Iterable) else [source]
+        several = list(source) if isinstance(source, Sequence) else [source]
         if not several or not all(isinstance(one, str | Path) for one in several):
             raise UserError(f"The source is {source!r}; it is a file, a folder, a data set's name, or a list of these.")
         return _read_several([(one, Path(one).name) for one in several], name, split, options)
