@@ -65,9 +65,3 @@ def unknown_key(key: str, valid: Iterable[str], where: str) -> UserError:
     near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}."
     return UserError(f"Unknown key '{key}' in {where}; {hint}")
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, as one line without a full stop, cut to 200 characters, to stand inside a message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")
