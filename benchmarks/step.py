@@ -40,8 +40,9 @@ from benchmarks.published import PAD_TO, published_loss
 from pact_tune.conversations import Conversation, load_tokenizer, response_only_prefix, tokenizer_fingerprint
 from pact_tune.data import ChatDataset, Counts
 from pact_tune.demo import demo_family_path
-from pact_tune.objectives import SFT
-from pact_tune.reference_cache import ReferenceCache
+from pact_tune.losses import PACTConfig
+from pact_tune.objectives import Context, Objective, sft
+from pact_tune.reference.source import ReferenceSource
 from pact_tune.safety_tokens import SafetyTokens
 from pact_tune.torchtune.config import complete
 from pact_tune.version import __version__
@@ -201,7 +202,6 @@ def make_recipe(cfg: DictConfig) -> pact_lora_finetune.PACTLoRAFinetuneRecipe:
     """The recipe, set up; a cache is filled."""
     recipe = pact_lora_finetune.PACTLoRAFinetuneRecipe(cfg)
     recipe.setup(cfg)
-    recipe._start_interval()
     return recipe
 
 
@@ -251,16 +251,15 @@ def published_step(cfg: DictConfig) -> Callable[[list[int]], Any]:
     model, reference = _plain_model(cfg), _plain_model(cfg).requires_grad_(False)
     optimizer = config.instantiate(cfg.optimizer, [p for p in model.parameters() if p.requires_grad])
     tokenizer = config.instantiate(cfg.tokenizer)
-    objective = config.instantiate(cfg.loss)
-    objective.prepare(tokenizer, cfg.checkpointer.vocab_size)
-    objective.to(device)
+    safety_tokens = SafetyTokens.load(cfg.loss.safety_tokens)
+    ids, weights = safety_tokens.ids.to(device), weights_of(cfg).to(device)
     header = response_only_prefix(tokenizer, bos=False)
 
     def step(rows: list[int]) -> None:
         conversations = [dataset.conversations[row] for row in rows]
         pad_to = max(len(c.tokens) for c in conversations) if cfg.dataset.work == "matched" else PAD_TO
         loss = published_loss(
-            model, reference, conversations, header, objective.columns.ids, objective.weights, 1.0,
+            model, reference, conversations, header, ids, weights, 1.0,
             tokenizer.pad_token_id, pad_to,
         )  # fmt: skip
         loss.backward()
@@ -268,6 +267,12 @@ def published_step(cfg: DictConfig) -> Callable[[list[int]], Any]:
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def weights_of(cfg: DictConfig) -> torch.Tensor:
+    """The weights of the safety tokens that the config's loss gives them, ``[K]``."""
+    preset = PACTConfig.preset(cfg.loss.preset)
+    return SafetyTokens.load(cfg.loss.safety_tokens).select(cfg.loss.k, preset.ranking, preset.weighting).weights
 
 
 def _plain_model(cfg: DictConfig) -> torch.nn.Module:
@@ -289,24 +294,30 @@ def make_step(variant: str, folder: Path, *shape: Any) -> Callable[[list[int]], 
     if variant == "published":
         return published_step(make_config(folder, *shape))
     overrides = {"sft": {"loss": {"lambda_kl": 0}}, "cold": {"reference_cache": None}, "warm": {}}
-    return make_recipe(make_config(folder, *shape, **overrides[variant]))._step
+    return make_recipe(make_config(folder, *shape, **overrides[variant])).step
 
 
 def recipe_steps(recipe: pact_lora_finetune.PACTLoRAFinetuneRecipe) -> dict[str, Callable[[list[int]], Any]]:
     """The variants that are steps of the recipe, on one network, so that true sizes fit a GPU beside the others."""
-    pact, cache = recipe.objective, recipe.cache
+    pact, cached = recipe.objective, recipe.reference
 
-    def variant(objective: SFT, cache: ReferenceCache | None) -> Callable[[list[int]], Any]:
+    def source(objective: Objective, options: dict | None) -> ReferenceSource:
+        recipe.objective = objective
+        recipe.setup_reference(options)
+        return recipe.reference
+
+    def variant(objective: Objective, reference: ReferenceSource) -> Callable[[list[int]], Any]:
         def step(rows: list[int]) -> None:
-            recipe.objective, recipe.cache = objective, cache
-            recipe._start_interval()
-            recipe._step(rows)
+            recipe.objective, recipe.reference = objective, reference
+            recipe.step(rows)
 
         return step
 
-    sft = variant(SFT(), None)
+    live = source(pact, None)
+    plain = sft(Context(recipe.tokenizer, recipe.backbone.vocab_size))
+    nothing = variant(plain, source(plain, None))
     # A/A: what differs between the first two is noise.
-    return {"sft": sft, "sft again": sft, "cold": variant(pact, None), "warm": variant(pact, cache)}
+    return {"sft": nothing, "sft again": nothing, "cold": variant(pact, live), "warm": variant(pact, cached)}
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -329,8 +340,7 @@ def seconds(work: Callable[[], Any], device: str) -> float:
 
 def batches(recipe: pact_lora_finetune.PACTLoRAFinetuneRecipe) -> list[list[int]]:
     """The row numbers of each step of an epoch, as the recipe makes them."""
-    order = recipe._rows(0)
-    return [order[start : start + BATCH] for start in range(0, len(order), BATCH)]
+    return recipe.schedule.epoch(0)
 
 
 def measure_steps(size: str, work: str, rounds: int, device: str, checkpointing: bool) -> list[dict]:
@@ -368,18 +378,18 @@ def measure_run(size: str, work: str, rounds: int, device: str, rows: int = 4) -
         cfg = make_config(Path(folder), *shape)
         recipe = make_recipe(cfg)
         epoch = batches(recipe)
-        for step in (published, recipe._step):
+        for step in (published, recipe.step):
             step(epoch[0])  # warms up
 
         def measure(work: Callable[[], Any], name: str, number: int) -> None:
             results.append({"part": "run", "variant": name, "round": number, "value": seconds(work, device)})
 
-        steps = {"published": published, "warm": recipe._step}
+        steps = {"published": published, "warm": recipe.step}
         for number in range(1, rounds + 1):
-            for shard in recipe.cache.directory.glob("shard-*"):
+            for shard in recipe.reference.cache.directory.glob("shard-*"):
                 shard.unlink()
-            recipe.cache.refresh()
-            measure(recipe._fill_cache, "filling", number)
+            recipe.reference.cache.refresh()
+            measure(lambda: recipe.reference.fill(recipe.reference.cache, recipe.schedule.used), "filling", number)
             for index in range(cfg.epochs):
                 for name in random.sample(list(steps), 2):  # close together, as the machine's state drifts
                     measure(lambda s=steps[name]: [s(batch) for batch in epoch], f"{name} epoch {index + 1}", number)

@@ -1,4 +1,4 @@
-"""Conversations to batches: tensors of one forward, and the order of an epoch."""
+"""Conversations to batches: the tensors of one forward."""
 
 import itertools
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ import torch
 from pact_tune.conversations import Conversation
 
 LEAST_FILLED = 0.9  # of a row of a forward without training; the rest is padding
-BUCKET_STEPS = 50  # steps whose rows are sorted by length together: more pads less, fewer mixes more
 
 
 @dataclass(frozen=True)
@@ -21,6 +20,9 @@ class Batch:
         index (torch.Tensor): rows of the flattened hidden states ``[B * S, H]`` that predict a response token, ``[T]``.
         labels (torch.Tensor): those response tokens, ``[T]``.
         position (torch.Tensor): t of each, counted from 0 at the start of its response, ``[T]``.
+        row (torch.Tensor): its conversation's number in the batch, ``[T]``.
+        ce_weight (torch.Tensor): weight of its cross-entropy, ``[T]`` float32; 0: not trained.
+        weight (torch.Tensor): weight of its constraint, ``[T]`` float32; 0: not constrained.
         mask (torch.Tensor | None): True where a token attends to another, ``[1, S, S]``; None: to all before it.
         input_pos (torch.Tensor | None): position of each token in its conversation, ``[1, S]``; None: in its row.
     """
@@ -29,6 +31,9 @@ class Batch:
     index: torch.Tensor
     labels: torch.Tensor
     position: torch.Tensor
+    row: torch.Tensor
+    ce_weight: torch.Tensor
+    weight: torch.Tensor
     mask: torch.Tensor | None = None
     input_pos: torch.Tensor | None = None
 
@@ -72,9 +77,11 @@ def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = F
     index = [starts[row] + j - 1 for row, start, end in spans for j in range(start, end)]
     labels = [token for row, start, end in spans for token in conversations[row].tokens[start:end]]
     position = [t for _, start, end in spans for t in range(end - start)]
-    return Batch(
-        tokens, *(torch.tensor(values, dtype=torch.int64) for values in (index, labels, position)), mask, input_pos
-    )
+    rows = torch.tensor([row for row, start, end in spans for _ in range(start, end)], dtype=torch.int64)
+    ce_weight = torch.tensor([c.ce_weight for c in conversations], dtype=torch.float32)[rows]
+    weight = torch.tensor([c.weight for c in conversations], dtype=torch.float32)[rows]
+    index, labels, position = (torch.tensor(values, dtype=torch.int64) for values in (index, labels, position))
+    return Batch(tokens, index, labels, position, rows, ce_weight, weight, mask, input_pos)
 
 
 def response_only_views(
@@ -116,55 +123,6 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int, least_filled: flo
             batches.append([])
         batches[-1].append(row)
     return batches
-
-
-def epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> list[int]:
-    """Row numbers in the order of one epoch; depends on the arguments alone, on every rank alike.
-
-    Args:
-        num_rows (int): rows of the data set.
-        seed (int): of the run.
-        epoch (int): counted from 0.
-        shuffle (bool): False keeps the data set's order.
-
-    Returns:
-        list[int]: a permutation of ``range(num_rows)``.
-    """
-    if not shuffle:
-        return list(range(num_rows))
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(num_rows, generator=generator).tolist()
-
-
-def group_by_length(
-    order: Sequence[int], lengths: Sequence[int], rows_per_step: int, seed: int, epoch: int
-) -> list[int]:
-    """Regroups an epoch's order so that the rows of a step have like lengths, and little is padded.
-
-    The order is cut into buckets of some steps; inside a bucket rows are sorted by length; then all steps are shuffled.
-    A last step that is not full stays the last.
-
-    Args:
-        order (Sequence[int]): row numbers, from :func:`epoch_order`.
-        lengths (Sequence[int]): tokens of each row of the data set.
-        rows_per_step (int): rows of an optimiser step.
-        seed (int): of the run.
-        epoch (int): counted from 0.
-
-    Returns:
-        list[int]: a permutation of ``order`` that depends on the arguments alone.
-    """
-    bucket = BUCKET_STEPS * rows_per_step
-    full = len(order) - len(order) % rows_per_step
-    grouped = [
-        row
-        for start in range(0, full, bucket)
-        for row in sorted(order[start : min(start + bucket, full)], key=lambda row: lengths[row])
-    ]
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    steps = torch.randperm(full // rows_per_step, generator=generator).tolist()
-    shuffled = [row for step in steps for row in grouped[step * rows_per_step : (step + 1) * rows_per_step]]
-    return shuffled + list(order[full:])
 
 
 def rank_rows(rows: Sequence[int], rank: int, world_size: int) -> list[int]:

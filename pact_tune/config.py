@@ -146,12 +146,12 @@ class RecipeSettings:
     max_steps_per_epoch: Count | None = None
     clip_grad_norm: Positive | None = None
     lr_scheduler: Section | None = None
+    validation_dataset: Section | None = None  # like dataset; its loss is logged after each epoch
     reference_cache: Keys | None = dataclasses.field(
         default_factory=lambda: dataclasses.asdict(ReferenceCacheSettings())
     )
     packed: bool = False
     enable_activation_checkpointing: bool = False
-    enable_activation_offloading: bool = False
     compile: bool = False
     fsdp_reshard_after_forward: bool = True
     log_every_n_steps: Count = 1

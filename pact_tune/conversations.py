@@ -7,6 +7,7 @@ model's own Hugging Face chat template, so that positions line up everywhere.
 import functools
 import hashlib
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -62,9 +63,15 @@ class Conversation:
     ce_weight: float = 1.0
     weight: float = 1.0
 
-    @property
+    @functools.cached_property
     def num_response_tokens(self) -> int:
         return sum(end - start for start, end in self.responses)
+
+    @functools.cached_property
+    def key(self) -> bytes:
+        """Content address: 16 bytes, a hash of token ids and response ranges; weights do not change a reference."""
+        numbers = [len(self.tokens), *self.tokens, *(n for span in self.responses for n in span)]
+        return hashlib.blake2b(array("q", numbers).tobytes(), digest_size=16).digest()
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -2,9 +2,51 @@
 
 import os
 import sys
+import time
+from collections.abc import Callable
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
+
+from pact_tune import log
+from pact_tune.errors import UserError
+from pact_tune.signals import Interrupted
+
+SECONDS_FOR_RANK_0 = 60  # after which a rank that alone met an error says so itself
+
+
+def run_ranks(work: Callable[[], None]) -> int | str | None:
+    """Does some work on one process, or on those that torchrun started.
+
+    Args:
+        work (Callable[[], None]): every rank's.
+
+    Returns:
+        int | str | None: what the process exits with: None, the message of a user error, or 128 + a signal's number. With
+        several processes a success does not return: it ends the process.
+    """
+    rank = log.rank()
+    try:
+        if "LOCAL_RANK" in os.environ:
+            # Ranks also talk on the CPU, without waiting for a device.
+            dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+        work()
+        if dist.is_initialized():
+            finish()
+    except UserError as error:
+        if log.debugging():
+            raise
+        # Every rank meets the same error; one says it. torchrun ends all with the first that fails: let that be rank 0.
+        if rank:
+            time.sleep(SECONDS_FOR_RANK_0)
+        return f"pact_lora_finetune: {error}"
+    except Interrupted as error:
+        log.logger.info(error)
+        return error.code
+    except KeyboardInterrupt:
+        return 130
+    return None
 
 
 def finish() -> NoReturn:

@@ -1,11 +1,9 @@
 """From hidden states at response positions to the few numbers that losses need, without holding all logits.
 
-Shapes: T = response tokens of the batch, H = hidden size, V = vocabulary, K = safety tokens, C = K or K + 1 columns.
+Shapes: T = response tokens of the batch, n = those of a chunk, H = hidden size, V = vocabulary, K = safety tokens (S).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -13,68 +11,37 @@ import torch
 CHUNK = 256
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which logits a constraint looks at.
-
-    Attributes:
-        ids (torch.Tensor): safety token ids, ``[K]`` int64.
-        tail (bool): append the log-sum-exp of the logits of all other tokens.
-    """
-
-    ids: torch.Tensor
-    tail: bool
-
-    @property
-    def width(self) -> int:
-        return self.ids.numel() + self.tail
-
-
-class Readout(NamedTuple):
-    """What a loss sees of the model at n response positions.
-
-    Attributes:
-        label_logprobs (torch.Tensor): log-probability of the true next token, ``[n]`` float32, nats.
-        columns (torch.Tensor | None): logits on S and, where asked for, the tail, ``[n, C]`` float32.
-    """
-
-    label_logprobs: torch.Tensor
-    columns: torch.Tensor | None
-
-
-def read_columns(logits: torch.Tensor, columns: Columns) -> torch.Tensor:
-    """The safety columns of full logits, without a gradient.
+def read_columns(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits on S and the log-sum-exp of all others, without a gradient.
 
     Args:
         logits (torch.Tensor): ``[n, V]`` float32; overwritten.
-        columns (Columns): what to read.
+        ids (torch.Tensor): S, ``[K]``.
 
     Returns:
-        torch.Tensor: ``[n, C]``.
+        tuple[torch.Tensor, torch.Tensor]: ``[n, K]`` and the tail ``[n, 1]``.
     """
-    safety = logits.index_select(1, columns.ids)
-    if not columns.tail:
-        return safety
-    tail, _ = _exponentiate_(logits.index_fill_(1, columns.ids, -torch.inf))
-    return torch.cat([safety, tail], dim=1)
+    safety = logits.index_select(1, ids)
+    tail, _ = _exponentiate_(logits.index_fill_(1, ids, -torch.inf))
+    return safety, tail
 
 
-def read_logits(logits: torch.Tensor, labels: torch.Tensor, columns: Columns | None) -> Readout:
-    """Label log-probabilities and safety columns of full logits, differentiable.
+def read_logits(
+    logits: torch.Tensor, labels: torch.Tensor, ids: torch.Tensor | None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """Label log-probabilities, logits on S and the tail of full logits, differentiable.
 
     Args:
         logits (torch.Tensor): ``[n, V]`` float32; overwritten, and once more in the backward.
         labels (torch.Tensor): true next tokens, ``[n]``.
-        columns (Columns | None): what to read beside the labels.
+        ids (torch.Tensor | None): S, ``[K]``; None: no tokens.
 
     Returns:
-        Readout: both, in float32.
+        tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]: ``[n]`` in nats, and (``[n, K]``, ``[n, 1]``); float32.
     """
-    ids = labels.new_empty(0) if columns is None else columns.ids
+    ids = labels.new_empty(0) if ids is None else ids
     label_logprobs, safety, tail = _ReadInPlace.apply(logits, labels, ids)
-    if columns is None:
-        return Readout(label_logprobs, None)
-    return Readout(label_logprobs, torch.cat([safety, tail], dim=1) if columns.tail else safety)
+    return label_logprobs, (safety, tail)
 
 
 class _ReadInPlace(torch.autograd.Function):

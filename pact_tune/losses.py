@@ -215,6 +215,50 @@ def str_loss(student: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return (at_least_float32(student) - at_least_float32(reference)).square().mean(-1)
 
 
+def constrained_sft_betas(
+    position: torch.Tensor, beta: float, first_token_factor: float, bias_factor: float, bias_length: int
+) -> torch.Tensor:
+    """beta_t of constrained SFT (arXiv 2406.05946, section 4.1) with the schedule of its released code.
+
+    Args:
+        position (torch.Tensor): t, counted from 0 at the start of each response, ``[T]``.
+        beta (float): from position ``bias_length`` on.
+        first_token_factor (float): of beta at position 0.
+        bias_factor (float): of beta at positions 1 to ``bias_length - 1``.
+        bias_length (int): positions with a factor.
+
+    Returns:
+        torch.Tensor: ``[T]`` float32.
+    """
+    betas = torch.full_like(position, beta, dtype=torch.float32)
+    betas = torch.where(position < bias_length, beta * bias_factor, betas)
+    return torch.where((position == 0) & (bias_length > 0), beta * first_token_factor, betas)
+
+
+def constrained_sft_loss(
+    label_logprobs: torch.Tensor, reference_label_logprobs: torch.Tensor, beta: torch.Tensor
+) -> torch.Tensor:
+    """Constrained SFT (arXiv 2406.05946, Eq. 3): cross-entropy whose weight falls as the student leaves the reference.
+
+    The gradient is that of ``-(2 / beta) log sigmoid(beta (log pi - log pi_aligned))``, which is the cross-entropy's times
+    ``w = 2 (1 - sigmoid(beta (log pi - log pi_aligned)))``; w is a constant here, and at least 0.001, as in the released
+    code, so that the value is the cross-entropy's while student and reference agree.
+
+    Args:
+        label_logprobs (torch.Tensor): the student's log-probability of the true next token, ``[T]``, nats.
+        reference_label_logprobs (torch.Tensor): the frozen aligned model's, ``[T]``.
+        beta (torch.Tensor): strength at each position, ``[T]``.
+
+    Returns:
+        torch.Tensor: per token, ``[T]``, nats.
+    """
+    student = at_least_float32(label_logprobs)
+    with torch.no_grad():
+        gap = student - at_least_float32(reference_label_logprobs)
+        weight = (2 * torch.sigmoid(-beta * gap)).clamp(min=1e-3)
+    return -weight * student
+
+
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Half precision becomes float32; float32 and float64 stay."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

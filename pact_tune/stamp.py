@@ -14,7 +14,6 @@ from typing import Any
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.fingerprints import file_digest
-from pact_tune.reference_cache import conversation_key
 
 STAMP_FILE = "pact.json"
 FORMAT = 2
@@ -22,7 +21,7 @@ FORMAT = 2
 
 def data_fingerprint(conversations: Iterable[Conversation]) -> str:
     """Hash of tokenized training rows and their order: 32 hexadecimal digits."""
-    return hashlib.blake2b(b"".join(map(conversation_key, conversations)), digest_size=16).hexdigest()
+    return hashlib.blake2b(b"".join(c.key for c in conversations), digest_size=16).hexdigest()
 
 
 def write_stamp(folder: Path, stamp: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from pact_tune import load_tokenizer, safety_tokens_from_templates
 from pact_tune.batching import Batch
-from pact_tune.torchtune.model import Decoder
+from pact_tune.decoder import Decoder
 
 AT_EXIT = Path(__file__).parent / "at_exit"  # aborts a process that shuts Python down while gloo's threads live
 SIZES = {
@@ -167,21 +167,19 @@ def tune_run(monkeypatch, config: Path | str, *overrides: str) -> int | str | No
     return None
 
 
+def run_command(config: Path | str, *overrides: str, processes: int = 1) -> list[str]:
+    """The command line of `tune run`; several processes go through torchrun and FSDP2."""
+    launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
+    tune = str(Path(sys.executable).parent / "tune")
+    return [tune, "run", *launcher, "pact_lora_finetune", "--config", str(config), *overrides]
+
+
 def tune_run_processes(
     config: Path | str, *overrides: str, processes: int = 1, cwd=None
 ) -> subprocess.CompletedProcess:
-    """The same in processes of its own; several of them go through torchrun and FSDP2."""
-    launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
+    """The same in processes of its own."""
     return subprocess.run(
-        [
-            str(Path(sys.executable).parent / "tune"),
-            "run",
-            *launcher,
-            "pact_lora_finetune",
-            "--config",
-            str(config),
-            *overrides,
-        ],
+        run_command(config, *overrides, processes=processes),
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -200,17 +198,18 @@ def logits_of(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
     """What the network in training gives at every position: ``[B, S]`` to ``[B, S, V]``."""
     everywhere = torch.arange(tokens.numel())
     with torch.no_grad():
-        return decoder._forward(Batch(tokens, *[everywhere] * 3), decoder._logits).view(*tokens.shape, -1)
+        batch = Batch(tokens, *[everywhere] * 6)
+        return decoder.run(batch, lambda hidden, head: head.logits(hidden)).view(*tokens.shape, -1)
 
 
 def count_reference_rows(monkeypatch) -> list[int]:
     """A list that grows by one number with each forward of the reference from now on: its conversations."""
     counts = []
-    original = Decoder.reference_columns
+    original = Decoder.read_reference
 
-    def counted(self, conversations, columns):
+    def counted(self, conversations, reading):
         counts.append(len(conversations))
-        return original(self, conversations, columns)
+        return original(self, conversations, reading)
 
-    monkeypatch.setattr(Decoder, "reference_columns", counted)
+    monkeypatch.setattr(Decoder, "read_reference", counted)
     return counts

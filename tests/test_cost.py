@@ -1,5 +1,7 @@
 """What a step costs, counted: floating-point operations, forwards, tensors. No clocks; those are in benchmarks/."""
 
+import dataclasses
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -15,9 +17,10 @@ from benchmarks import step as benchmark
 from benchmarks.published import published_loss
 from pact_tune.batching import collate
 from pact_tune.conversations import Conversation, response_only_prefix
-from pact_tune.head import CHUNK, Columns
-from pact_tune.objectives import SFT, Reference, pact
-from pact_tune.torchtune.model import Decoder
+from pact_tune.head import CHUNK
+from pact_tune.objectives import Context, sft
+from pact_tune.reference.readings import Columns
+from pact_tune.torchtune.decoder import TorchtuneDecoder
 
 # Head and trunk in the proportion of Qwen2.5-7B; and a vocabulary that outweighs everything else.
 benchmark.SIZES["toy"] = benchmark._qwen2(1000, 6, 4, 2, 128, 512)
@@ -94,7 +97,7 @@ def test_trunk_passes(tmp_path):
         passes = []
         recipe.model.layers[0].register_forward_hook(lambda *_, passes=passes: passes.append(1))
         for epoch in range(2):
-            recipe._step([0, 1])
+            recipe.step([0, 1])
             assert len(passes) == expected * (epoch + 1)
 
 
@@ -106,7 +109,7 @@ def test_no_reference_after_the_filling(tmp_path, monkeypatch):
     forwards.clear()
     for _epoch in range(2):
         for row in range(0, 8, 2):
-            recipe._step([row, row + 1])
+            recipe.step([row, row + 1])
     assert forwards == []
     recipe_of(tmp_path, "toy", "short", loss={"lambda_kl": 7.0}, seed=3)
     assert sum(forwards) == 8
@@ -115,7 +118,10 @@ def test_no_reference_after_the_filling(tmp_path, monkeypatch):
 @pytest.mark.parametrize("preset", ["paper", "tail"])
 def test_largest_tensor_is_a_chunk_of_logits(tmp_path, preset):
     recipe = recipe_of(tmp_path, "wide", "long", loss={"preset": preset})
-    for work in (lambda: recipe._step([0, 1]), lambda: recipe._reference_of(recipe.dataset.conversations[:2])):
+    for work in (
+        lambda: recipe.step([0, 1]),
+        lambda: recipe.decoder.read_reference(recipe.rows[:2], recipe.objective.reading),
+    ):
         with Operations(recipe.model) as operations:
             work()
         assert operations.largest <= CHUNK * 4000 * 4
@@ -124,10 +130,7 @@ def test_largest_tensor_is_a_chunk_of_logits(tmp_path, preset):
 
 def loss_and_gradients(recipe, rows):
     """Of the recipe's own loss, on given rows."""
-    conversations = [recipe.dataset.conversations[row] for row in rows]
-    batch = collate(conversations, recipe.decoder.pad_id)
-    reference = recipe._reference(conversations, batch)
-    loss, _ = recipe.decoder.loss(batch, recipe.objective, reference, 1 / len(batch.labels))
+    loss, _ = recipe.loss(rows, 1 / recipe.schedule.tokens(rows))
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in recipe.model.named_parameters() if p.requires_grad}
 
@@ -166,7 +169,7 @@ def test_official_preset_is_the_published_procedure(tmp_path, work, tolerance):
     model.load_state_dict({n: p.detach() for n, p in recipe.model.named_parameters() if "lora" in n}, strict=False)
     loss = published_loss(
         model, reference, recipe.dataset.conversations[:2], response_only_prefix(recipe.tokenizer, bos=False),
-        recipe.objective.columns.ids, recipe.objective.weights, 1.0, recipe.tokenizer.pad_token_id,
+        recipe.objective.reading.ids, benchmark.weights_of(cfg), 1.0, recipe.tokenizer.pad_token_id,
     )  # fmt: skip
     loss.backward()
     published = loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -180,10 +183,11 @@ def test_the_step_never_waits_for_the_device_and_has_no_loop_over_rows(tmp_path,
     for rows in (2, 8):
         conversations = recipe.dataset.conversations[:rows]
         batch = collate(conversations, recipe.decoder.pad_id)
-        batch = type(batch)(batch.tokens, *(t[:80] for t in (batch.index, batch.labels, batch.position)))
-        whole = recipe._reference(conversations, collate(conversations, 0))
+        places = (batch.index, batch.labels, batch.position, batch.row, batch.ce_weight, batch.weight)
+        batch = type(batch)(batch.tokens, *(t[:80] for t in places))
+        reference = {view: whole[:80] for view, whole in recipe.reference.read(list(range(rows))).items()}
         with Operations(recipe.model) as operations:
-            loss, metrics = recipe.decoder.loss(batch, recipe.objective, whole[slice(0, 80)], 1.0)
+            loss, metrics = recipe.decoder.loss(batch, recipe.objective, reference, 1.0)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(recipe.model.parameters(), 1.0)
         waiting = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default", "mask")
@@ -204,11 +208,13 @@ TRUE_SIZES = {
 
 
 @pytest.mark.parametrize("name", TRUE_SIZES)
-def test_counts_at_true_sizes(name):
+def test_counts_at_true_sizes(tmp_path, name):
     """On tensors without data: nothing is computed, every operation is counted."""
+    cfg = benchmark.make_config(tmp_path, "toy", "short", *SHAPE)
+    pact_objective = config.instantiate(cfg.loss, Context(config.instantiate(cfg.tokenizer), 1000))
     section, expected = TRUE_SIZES[name]
     rows = [Conversation(list(range(100, 356)), [(128, 256)]), Conversation(list(range(400, 656)), [(128, 256)])]
-    with FakeTensorMode(), torch.device("cpu"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
 
         def network(section=section):
             torch.set_default_dtype(torch.bfloat16)
@@ -218,9 +224,8 @@ def test_counts_at_true_sizes(name):
             return model
 
         ids, weights = torch.arange(200, 250), torch.ones(50)
-        objective = pact("not read", "official")
-        objective.columns, objective.weights = Columns(ids, tail=False), weights
-        reference = Reference(torch.zeros(256, 50), torch.zeros(256, 50))
+        objective = dataclasses.replace(pact_objective, reading=Columns(ids, tail=False))
+        reference = {"full": torch.zeros(256, 50), "response_only": torch.zeros(256, 50)}
 
         def count(work):
             with Flops() as counter:
@@ -228,7 +233,7 @@ def test_counts_at_true_sizes(name):
             return counter.total / 1e12
 
         def ours(objective, reference):
-            decoder = Decoder(network(), 0, torch.device("cpu"))
+            decoder = TorchtuneDecoder(network(), 0, torch.device("cpu"))
             return lambda: decoder.loss(collate(rows, 0), objective, reference, 1.0)[0]
 
         def torchtune():
@@ -238,11 +243,11 @@ def test_counts_at_true_sizes(name):
             return lambda: loss(model(tokens), torch.zeros(2, 256, dtype=torch.long))
 
         warm = count(ours(objective, reference))
-        sft = count(ours(SFT(), Reference()))
+        plain = count(ours(sft(Context(None, 0)), {}))
         theirs = count(torchtune())
         model, frozen = network(), network().requires_grad_(False)
         published = count(lambda: published_loss(model, frozen, rows, [1, 2, 3], ids, weights, 1.0, 0, pad_to=256))
-    assert warm <= sft
+    assert warm <= plain
     assert warm <= 0.95 * theirs
     assert published >= 1.84 * warm
     assert warm == pytest.approx(expected, rel=0.002)

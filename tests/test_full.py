@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from pact_tune import chat_dataset, cli, load_tokenizer
+from pact_tune.decoder import Decoder
 from pact_tune.torchtune.checkpoint import HFCheckpointer
-from pact_tune.torchtune.model import Decoder
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pact_tune.head import Columns, read_columns, read_logits, reduce_in_chunks
+from pact_tune.head import read_columns, read_logits, reduce_in_chunks
 
 
 @pytest.mark.parametrize("tail", [False, True])
@@ -14,11 +14,11 @@ def test_chunks_equal_the_whole(tail, rows):
     hidden = torch.randn(rows, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(31, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 31, (rows,), generator=generator)
-    columns = Columns(torch.tensor([3, 0, 30]), tail)
+    ids = torch.tensor([3, 0, 30])
 
     def loss(part, where):
-        read = read_logits(part @ weight.T, labels[where], columns)
-        value = -read.label_logprobs.sum() + (read.columns**2).sum()
+        label_logprobs, read = read_logits(part @ weight.T, labels[where], ids)
+        value = -label_logprobs.sum() + (torch.cat(read[: 1 + tail], dim=1) ** 2).sum()
         return value, torch.stack([value.detach(), torch.tensor(float(len(part)), dtype=torch.float64)])
 
     total, metrics = reduce_in_chunks(hidden, [weight], loss, chunk=4)
@@ -26,8 +26,8 @@ def test_chunks_equal_the_whole(tail, rows):
 
     logits = hidden @ weight.T
     outside = torch.ones(31, dtype=torch.bool)
-    outside[columns.ids] = False
-    values = logits[:, columns.ids]
+    outside[ids] = False
+    values = logits[:, ids]
     if tail:
         values = torch.cat([values, logits[:, outside].exp().sum(-1, keepdim=True).log()], dim=1)
     expected = F.cross_entropy(logits, labels, reduction="sum") + (values**2).sum()
@@ -40,8 +40,8 @@ def test_chunks_equal_the_whole(tail, rows):
 def test_gradient_is_zero_outside_the_safety_tokens():
     logits = torch.randn(5, 20, requires_grad=True)
     ids = torch.tensor([2, 7])
-    read = read_logits(logits + 0, torch.zeros(5, dtype=torch.long), Columns(ids, tail=False))
-    (gradient,) = torch.autograd.grad(read.columns.sum(), logits)
+    _, (safety, _) = read_logits(logits + 0, torch.zeros(5, dtype=torch.long), ids)
+    (gradient,) = torch.autograd.grad(safety.sum(), logits)
     outside = torch.ones(20, dtype=torch.bool)
     outside[ids] = False
     assert (gradient[:, outside] == 0).all() and (gradient[:, ids] == 1).all()
@@ -52,13 +52,13 @@ def test_labels_inside_and_outside_s_have_the_same_logprob_with_and_without_tail
     labels = torch.tensor([1, 5, 11, 0])
     ids = torch.tensor([1, 5])
     plain = F.log_softmax(logits, -1).gather(1, labels[:, None])[:, 0]
-    for columns in (None, Columns(ids, False), Columns(ids, True)):
-        torch.testing.assert_close(read_logits(logits.clone(), labels, columns).label_logprobs, plain)
+    for read in (None, ids):
+        torch.testing.assert_close(read_logits(logits.clone(), labels, read)[0], plain)
 
 
 def test_columns_partition_the_vocabulary():
     logits = torch.randn(3, 15)
-    values = read_columns(logits.clone(), Columns(torch.tensor([4, 9]), tail=True))
+    values = torch.cat(read_columns(logits.clone(), torch.tensor([4, 9])), dim=1)
     torch.testing.assert_close(values.logsumexp(-1), logits.logsumexp(-1))
 
 

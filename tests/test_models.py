@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 from pact_tune import cli
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
-from pact_tune.head import Columns
+from pact_tune.reference.readings import Columns
 from pact_tune.tools.configs import load
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.checkpoint import HFCheckpointer
-from pact_tune.torchtune.model import Decoder
+from pact_tune.torchtune.decoder import TorchtuneDecoder
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
@@ -71,7 +71,7 @@ def build(workspace, model, trained):
             adapter[name] = tensor * (1 + noise) if name.endswith(".magnitude") else noise
     checkpointer.check(network)
     lora.fill(network, base, adapter, torch.device("cpu"))
-    return Decoder(network, 0, torch.device("cpu")), checkpointer, adapter
+    return TorchtuneDecoder(network, 0, torch.device("cpu")), checkpointer, adapter
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_reference_columns_are_those_of_transformers_with_a_trained_lora(workspa
     decoder, *_ = build(workspace, {}, trained=True)
     ids = torch.tensor([7, 3, 150])
     conversations = [Conversation(row.tolist(), [(20, 60)]) for row in tokens]
-    columns = decoder.reference_columns(conversations, Columns(ids, tail))
+    columns = decoder.read_reference(conversations, Columns(ids, tail))
     with torch.no_grad():
         logits = reference(tokens).logits[:, 19:59].flatten(0, 1)
     torch.testing.assert_close(columns[:, :3], logits[:, ids], **TOLERANCE)
@@ -160,7 +160,7 @@ def test_qlora_reference_and_exports_are_of_the_quantized_base(wide, tokens, tmp
     decoder, checkpointer, adapter = build(wide, QLORA, trained=True)
     model, quantized = dequantized_base(checkpointer, decoder, wide)
     ids = torch.tensor([7, 3, 150])
-    reference = decoder.reference_columns([Conversation(tokens[0].tolist(), [(20, 60)])], Columns(ids, False))
+    reference = decoder.read_reference([Conversation(tokens[0].tolist(), [(20, 60)])], Columns(ids, False))
     checkpointer.output_dir = tmp_path
     folder = checkpointer.save("result", adapter, lora.spec(decoder.model), {}, quantized)
     live = logits_of(decoder, tokens)

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM
 from pact_tune import PACTConfig, SafetyTokens, chat_dataset, load_tokenizer
 from pact_tune.batching import response_only_views
 from pact_tune.conversations import response_only_prefix
+from pact_tune.decoder import Decoder
 from pact_tune.objectives import pact
-from pact_tune.torchtune.model import Decoder
 
 
 def adapter_of(output_dir, epoch=0) -> dict[str, torch.Tensor]:

@@ -15,10 +15,12 @@ from omegaconf import OmegaConf
 from recipe import count_reference_rows, logged, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file
 
-from pact_tune import ReferenceCache, UserError, cli, reference_cache
+from pact_tune import ReferenceCache, UserError, cli
 from pact_tune.conversations import Conversation
-from pact_tune.reference_cache import is_damaged, shards_of
-from pact_tune.torchtune import model as torchtune_model
+from pact_tune.reference import cache as reference_cache
+from pact_tune.reference.cache import is_damaged, shards_of
+from pact_tune.reference.source import ReferenceSource
+from pact_tune.torchtune import decoder as torchtune_decoder
 from pact_tune.torchtune.config import complete
 
 REFERENCE = {"weights": "0" * 32, "dtype": "torch.float32", "safety_tokens": [1, 2, 3], "tail": False}
@@ -57,20 +59,17 @@ def recipe(workspace, tmp_path, monkeypatch):
         cfg = OmegaConf.merge(
             OmegaConf.load(workspace), {"output_dir": str(tmp_path / "out")}, OmegaConf.create(overrides)
         )
+        cfg.reference_cache = None
         made = pact_lora_finetune.PACTLoRAFinetuneRecipe(complete(cfg))
-        monkeypatch.setattr(made, "_setup_reference", lambda: None)
         made.setup(made.cfg)
-        monkeypatch.undo()
-        monkeypatch.setattr(reference_cache, "SHARD_TOKENS", 100)
         return made
 
     return make
 
 
 def fill(made, directory) -> ReferenceCache:
-    made.cfg.reference_cache = {"directory": str(directory), "dtype": "float16", "lazy": False}
-    made._setup_reference()
-    return made.cache
+    made.setup_reference({"directory": str(directory), "dtype": "float16", "max_gb": None, "lazy": False})
+    return made.reference.cache
 
 
 def content(cache: ReferenceCache) -> dict[str, str]:
@@ -113,17 +112,19 @@ def test_equal_responses_are_computed_once(recipe, tmp_path, monkeypatch):
     """24 rows whose responses are four labels: 24 full views and four response-only ones."""
     made = recipe()
     rows = [conversation(50 + i, 60 + i, 7, 10 + i % 4, 3, prompt=3) for i in range(24)]
-    made.used = rows
     computed = []
-    original = made.decoder.reference_columns
 
-    def counted(views, columns):
+    def compute(views):
         computed.extend(views)
-        return original(views, columns)
+        return made.decoder.read_reference(views, made.objective.reading)
 
-    monkeypatch.setattr(made.decoder, "reference_columns", counted)
-    monkeypatch.setattr(made, "_check_cache", lambda: None)
-    cache = fill(made, tmp_path / "cache")
+    source = ReferenceSource(
+        rows, made.objective, [1, 2], compute, hidden_size=32, dtype=torch.float32, device=torch.device("cpu"), network={},
+        options={"directory": tmp_path / "cache", "lazy": False},
+    )  # fmt: skip
+    monkeypatch.setattr(source, "_check", lambda *_: None)
+    source.prepare(range(24))
+    cache = source.cache
     assert len(computed) == len(cache) == 24 + 4
 
 
@@ -257,7 +258,7 @@ def test_a_cache_filled_with_the_adapter_left_on_is_refused(recipe, tmp_path, mo
         if "lora_b" in name:  # as after some steps of a run that is resumed
             torch.nn.init.normal_(parameter, std=0.02)
     with monkeypatch.context() as patch:
-        patch.setattr(torchtune_model, "disable_adapter", lambda model: nullcontext())
+        patch.setattr(torchtune_decoder, "disable_adapter", lambda model: nullcontext())
         fill(made, tmp_path / "cache")
     with pytest.raises(UserError, match="does not hold what this model computes"):
         fill(made, tmp_path / "cache")
@@ -271,12 +272,12 @@ def test_size_limit_removes_the_least_recently_used(tmp_path):
         os.utime(cache.directory / "manifest.json", (time.time() - age,) * 2)
     size = sum(file.stat().st_size for file in caches[0].directory.iterdir()) / 1e9
     new = ReferenceCache(tmp_path, REFERENCE, max_gb=3.5 * size)
-    assert new.make_room(new.plan(rows), 3) == [caches[0].directory.name]
+    assert new.make_room(40 * 49 * (3 * 2 + 4)) == [caches[0].directory.name]
     new.store(rows, [columns_of(c) for c in rows])
     assert {path.name for path in tmp_path.iterdir()} == {c.directory.name for c in (caches[1], caches[2], new)}
     tight = ReferenceCache(tmp_path, REFERENCE | {"weights": "9"}, max_gb=0.5 * size)
     with pytest.raises(UserError, match="max_gb is .* raise the limit"):
-        tight.make_room(tight.plan(rows), 3)
+        tight.make_room(40 * 49 * (3 * 2 + 4))
 
 
 def test_limit_that_is_too_small_ends_a_run_in_one_sentence(workspace, tmp_path, monkeypatch):

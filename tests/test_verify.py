@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from pact_tune import cli
 from pact_tune.conversations import Conversation
-from pact_tune.head import Columns
+from pact_tune.reference.readings import Columns
 from pact_tune.stamp import write_stamp
 from pact_tune.tools.verify import verify
 from pact_tune.torchtune.checkpoint import HFCheckpointer
-from pact_tune.torchtune.model import Decoder
+from pact_tune.torchtune.decoder import TorchtuneDecoder
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +137,13 @@ def test_verify_fails_without_the_constraint(workspace, tmp_path, monkeypatch, c
 def test_saving_moves_neither_base_weights_nor_the_reference(workspace, tmp_path, monkeypatch):
     """Around every save of a run with states in the middle of epochs: the same bits."""
     decoders, saves = [], []
-    original = Decoder.__init__
+    original = TorchtuneDecoder.__init__
 
     def remember(self, *arguments):
         original(self, *arguments)
         decoders.append(self)
 
-    monkeypatch.setattr(Decoder, "__init__", remember)
+    monkeypatch.setattr(TorchtuneDecoder, "__init__", remember)
     save = HFCheckpointer.save
 
     def checked(self, *arguments, **options):
@@ -152,7 +152,7 @@ def test_saving_moves_neither_base_weights_nor_the_reference(workspace, tmp_path
             frozen = {n: p.detach().clone() for n, p in decoder.model.named_parameters() if not p.requires_grad}
 
             rows = [Conversation(list(range(5, 25)), [(8, 20)])]
-            return frozen | {"reference": decoder.reference_columns(rows, Columns(torch.arange(9), True))}
+            return frozen | {"reference": decoder.read_reference(rows, Columns(torch.arange(9), True))}
 
         before = state()
         folder = save(self, *arguments, **options)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pact_tune.errors import UserError
-from pact_tune.reference_cache import Summary, default_directory, is_damaged, prune, shards_of, summaries
+from pact_tune.reference.cache import Summary, default_directory, is_damaged, prune, shards_of, summaries
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,14 +59,24 @@ def _list(root: Path) -> int:
     found = summaries(root)
     print(f"{len(found)} reference(s) in {root}, {sum(s.bytes for s in found) / 1e9:.3g} GB")
     for summary in found:
-        reference = summary.description["reference"]
         used = datetime.datetime.fromtimestamp(summary.last_used).strftime("%Y-%m-%d %H:%M")
         print(
             f"{summary.name}  {summary.bytes / 1e6:8.1f} MB  {summary.conversations:7d} views  last used {used}  "
-            f"weights {reference['weights'][:8]}, {len(reference['safety_tokens'])} safety tokens"
-            f"{' + tail' if reference['tail'] else ''}, {summary.description['dtype']}"
+            f"{_what(summary.description)}"
         )
     return 0
+
+
+def _what(description: dict[str, Any]) -> str:
+    """What a reference is of, on one line."""
+    reference = description.get("reference")
+    if reference is None:
+        return "manifest.json is damaged; the next run that uses it mends it"
+    tokens = f" of {len(reference['safety_tokens'])} tokens" if "safety_tokens" in reference else ""
+    tail = " + tail" if reference.get("tail") else ""
+    return (
+        f"weights {str(reference.get('weights'))[:8]}, {reference.get('reading')}{tokens}{tail}, {description['dtype']}"
+    )
 
 
 def _info(root: Path, name: str) -> int:

@@ -1,24 +1,25 @@
-"""Reference logits on disk, content-addressed: computed once, shared between epochs, runs, sweeps and seeds.
+"""Readings of the reference on disk, content-addressed: computed once, shared between epochs, runs, sweeps and seeds.
 
 Below one root lies a folder per reference (named by a hash of all that its numbers depend on) with a
 ``manifest.json`` and safetensors shards. A shard holds
 
     keys     [n, 16] uint8    hash of each conversation (token ids and response ranges)
     offsets  [n + 1] int64    its rows in ``values``
-    values   [P, C]           columns at the response positions, less each row's maximum, float16 or float32
-    maximum  [P] float32      that maximum
+    values   [P, W]           the reading at the response positions; centred readings (safety columns) less each
+                              position's maximum, float16 or float32; others (hidden states) as they were computed
+    maximum  [P] float32      that maximum; 0 where nothing was subtracted
 
 and a checksum of these. The response-only view of a response is a conversation like any other, so both views live here,
 and equal responses are stored once. Shards appear atomically and are never changed, so any number of processes may fill
 a cache at a time, and one that is killed loses the shard it was at.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import time
-from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ from pact_tune.files import atomic_file
 from pact_tune.fingerprints import fingerprint
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+FORMAT = 2
+MANIFEST = "manifest.json"
 SHARD_TOKENS = 65_536  # tokens per shard: what a killed fill loses at most
 BATCH_TOKENS = 4_096  # tokens per reference forward, padding included
 LEFTOVER_SECONDS = 3_600  # a half-written file of this age belongs to a process that was killed
@@ -52,12 +55,6 @@ def check_options(dtype: str, max_gb: float | None) -> None:
         raise UserError(f"reference_cache.dtype is '{dtype}'; it must be one of: {', '.join(DTYPES)}.")
     if max_gb is not None and not max_gb > 0:
         raise UserError(f"reference_cache.max_gb is {max_gb}; it must be above 0, or null for no limit.")
-
-
-def conversation_key(conversation: Conversation) -> bytes:
-    """Content address of a conversation: 16 bytes, a hash of its token ids and response ranges."""
-    numbers = [len(conversation.tokens), *conversation.tokens, *(n for span in conversation.responses for n in span)]
-    return hashlib.blake2b(array("q", numbers).tobytes(), digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -78,10 +75,11 @@ class ReferenceCache:
 
     Args:
         directory (str | Path | None): root of all caches; None is :func:`default_directory`.
-        reference (dict[str, Any]): everything that the numbers depend on: hash of the weights, network, dtype, safety
-            token ids, tail. Two references share entries exactly when this is equal.
-        dtype (str): "float16" (less the maximum: 2 bytes a number) or "float32" (exact).
+        reference (dict[str, Any]): everything that the numbers depend on: hash of the weights, constants of the network,
+            dtype, backbone, reading. Two references share entries exactly when this is equal.
+        dtype (str): of centred readings: "float16" (less the maximum: 2 bytes a number) or "float32" (exact).
         max_gb (float | None): what all caches below ``directory`` may take together, in 10^9 bytes; see :func:`prune`.
+        centred (bool): the reading is stored less each position's maximum; False: as it is computed.
 
     Raises:
         UserError: unknown dtype, or a limit that is not positive.
@@ -93,27 +91,41 @@ class ReferenceCache:
         reference: dict[str, Any],
         dtype: str = "float16",
         max_gb: float | None = None,
+        centred: bool = True,
     ) -> None:
         check_options(dtype, max_gb)
-        description = {"format": 1, "dtype": dtype, "reference": reference}
-        text = json.dumps(description, sort_keys=True)
+        description = {"format": FORMAT, "dtype": dtype if centred else None, "reference": reference}
+        self._manifest = json.dumps(description, sort_keys=True) + "\n"
         self.dtype = DTYPES[dtype]
+        self.centred = centred
         self.max_gb = max_gb
         self.root = default_directory() if directory is None else Path(directory)
-        self.directory = self.root / hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        manifest = self.directory / "manifest.json"
-        if not manifest.exists():
-            with atomic_file(manifest) as file:
-                file.write_text(text + "\n")
-        os.utime(manifest)  # its time says when the reference was last used
+        self.directory = self.root / hashlib.blake2b(self._manifest.encode(), digest_size=12).hexdigest()
+        self._write_manifest()
         _remove_leftovers(self.directory)
         self._verified: set[Path] = set()
         self._pending: list[tuple[Conversation, torch.Tensor]] = []
         self.refresh()
 
+    def _write_manifest(self) -> None:
+        """Makes sure that the manifest lies there, whole, and that its time says when the reference was last used.
+
+        Another process may remove the reference at any time, and a damaged manifest is mended, since it is known what
+        stands in it. On a read-only mount a manifest that is as it should be is enough.
+        """
+        manifest = self.directory / MANIFEST
+        try:
+            if manifest.read_text(errors="replace") == self._manifest:
+                with contextlib.suppress(OSError):
+                    os.utime(manifest)
+                return
+        except FileNotFoundError:
+            pass
+        with atomic_file(manifest) as file:
+            file.write_text(self._manifest)
+
     def __contains__(self, conversation: Conversation) -> bool:
-        return conversation_key(conversation) in self._entries
+        return conversation.key in self._entries
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -141,19 +153,21 @@ class ReferenceCache:
             self._entries[key.tobytes()] = _Entry(shard, tensors, offsets[row], offsets[row + 1])
 
     def get(self, conversations: Iterable[Conversation]) -> torch.Tensor:
-        """The stored columns of conversations, one after the other.
+        """The stored readings of conversations, one after the other.
 
         Args:
             conversations (Iterable[Conversation]): at least one; each must have been stored.
 
         Returns:
-            torch.Tensor: ``[T, C]`` float32, T = response tokens of all of them.
+            torch.Tensor: ``[T, W]``, T = response tokens of all of them; float32 if centred, else as computed.
 
         Raises:
             KeyError: a conversation that was not stored.
         """
-        found = [self._entries[conversation_key(c)] for c in conversations]
+        found = [self._entries[c.key] for c in conversations]
         values = torch.cat([entry.tensors["values"][entry.start : entry.end] for entry in found])
+        if not self.centred:
+            return values
         maximum = torch.cat([entry.tensors["maximum"][entry.start : entry.end] for entry in found])
         return values.float().add_(maximum[:, None])
 
@@ -169,7 +183,7 @@ class ReferenceCache:
         Returns:
             list[list[Conversation]]: the work of each shard, longest conversations first.
         """
-        unique = {conversation_key(c): c for c in conversations}
+        unique = {c.key: c for c in conversations}
         self._verify(unique)
         shards: list[list[Conversation]] = []
         size = 0
@@ -183,7 +197,7 @@ class ReferenceCache:
 
     def missing(self, conversations: Iterable[Conversation]) -> list[Conversation]:
         """The conversations that are not stored, each once, the longest first."""
-        unique = {conversation_key(c): c for c in conversations}
+        unique = {c.key: c for c in conversations}
         return sorted((c for key, c in unique.items() if key not in self._entries), key=lambda c: -len(c.tokens))
 
     def add(self, conversations: Sequence[Conversation], columns: Sequence[torch.Tensor]) -> None:
@@ -191,10 +205,10 @@ class ReferenceCache:
 
         Args:
             conversations (Sequence[Conversation]): none of them stored.
-            columns (Sequence[torch.Tensor]): their columns, ``[n_i, C]`` float32.
+            columns (Sequence[torch.Tensor]): their readings, ``[n_i, W]``.
         """
         for conversation, part in zip(conversations, columns, strict=True):
-            self._entries[conversation_key(conversation)] = _Entry(None, self._centred(part), 0, len(part))
+            self._entries[conversation.key] = _Entry(None, self._stored(part), 0, len(part))
             self._pending.append((conversation, part))
         if sum(len(conversation.tokens) for conversation, _ in self._pending) >= SHARD_TOKENS:
             self.flush()
@@ -215,7 +229,7 @@ class ReferenceCache:
         return shard.exists()
 
     def _path_of(self, conversations: Sequence[Conversation]) -> Path:
-        keys = b"".join(conversation_key(c) for c in conversations)
+        keys = b"".join(c.key for c in conversations)
         return self.directory / f"shard-{hashlib.blake2b(keys, digest_size=12).hexdigest()}.safetensors"
 
     def store(self, conversations: Sequence[Conversation], columns: Sequence[torch.Tensor]) -> None:
@@ -223,29 +237,31 @@ class ReferenceCache:
 
         Args:
             conversations (Sequence[Conversation]): the shard's conversations.
-            columns (Sequence[torch.Tensor]): their columns, ``[n_i, C]`` float32.
+            columns (Sequence[torch.Tensor]): their readings, ``[n_i, W]``.
         """
-        keys = b"".join(conversation_key(c) for c in conversations)
+        keys = b"".join(c.key for c in conversations)
         tensors = {
             "keys": torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, 16),
             "offsets": torch.tensor([0] + [len(part) for part in columns]).cumsum(0),
-            **self._centred(torch.cat(list(columns))),
+            **self._stored(torch.cat(list(columns))),
         }
+        self._write_manifest()  # the reference may have been pruned during the run
         with atomic_file(self._path_of(conversations)) as file:
             save_file(tensors, file, metadata={"checksum": fingerprint(tensors)})
 
-    def _centred(self, columns: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Columns ``[n, C]`` as they are stored."""
+    def _stored(self, columns: torch.Tensor) -> dict[str, torch.Tensor]:
+        """A reading ``[n, W]`` as it is stored."""
+        if not self.centred:
+            return {"values": columns.cpu(), "maximum": torch.zeros(len(columns))}
         columns = columns.float().cpu()
         maximum = columns.max(dim=-1).values
         return {"values": (columns - maximum[:, None]).to(self.dtype), "maximum": maximum}
 
-    def make_room(self, shards: Iterable[Sequence[Conversation]], width: int) -> list[str]:
+    def make_room(self, coming: float) -> list[str]:
         """Removes least recently used references, never this one, until ``max_gb`` holds after a fill.
 
         Args:
-            shards (Iterable[Sequence[Conversation]]): what is going to be stored.
-            width (int): columns a position (C).
+            coming (float): what is going to be stored, in bytes.
 
         Returns:
             list[str]: the names of the removed references.
@@ -255,8 +271,7 @@ class ReferenceCache:
         """
         if self.max_gb is None:
             return []
-        positions = sum(c.num_response_tokens for shard in shards for c in shard)
-        coming = positions * (width * self.dtype.itemsize + 4) / GB
+        coming = coming / GB
         own = _size(self.directory) / GB
         if own + coming > self.max_gb:
             raise UserError(
@@ -305,28 +320,39 @@ class Summary:
 
 
 def summaries(root: Path) -> list[Summary]:
-    """All references below ``root``, the most recently used first."""
-    return sorted((_summary(manifest.parent) for manifest in root.glob("*/manifest.json")), key=lambda s: -s.last_used)
+    """All references below ``root``, the most recently used first; other processes may remove some meanwhile."""
+    found = (_summary(manifest.parent) for manifest in root.glob(f"*/{MANIFEST}"))
+    return sorted((summary for summary in found if summary is not None), key=lambda s: -s.last_used)
 
 
-def _summary(directory: Path) -> Summary:
+def _summary(directory: Path) -> Summary | None:
+    """What lies in one folder; None when another process has just removed it."""
     conversations = positions = 0
     shards = shards_of(directory)
     for shard in shards:
         try:
             tensors, _ = _open_shard(shard)
-        except SafetensorError:
+        except (SafetensorError, OSError):
             continue  # counted as a file; `pact cache verify` names it
         conversations += len(tensors["keys"])
         positions += len(tensors["maximum"])
-    manifest = directory / "manifest.json"
-    description = json.loads(manifest.read_text())
-    last_used = manifest.stat().st_mtime
+    manifest = directory / MANIFEST
+    try:
+        last_used = manifest.stat().st_mtime
+        description = json.loads(manifest.read_text(errors="replace"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        description = {"damaged": f"{MANIFEST} cannot be read; the next run that uses this reference mends it"}
     return Summary(directory.name, description, len(shards), conversations, positions, _size(directory), last_used)
 
 
 def _size(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.iterdir())
+    size = 0
+    for file in directory.glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed or removed it
+            size += file.stat().st_size
+    return size
 
 
 def prune(root: Path, max_gb: float | None = None, older_than_days: float | None = None, keep: str = "") -> list[str]:
@@ -348,7 +374,7 @@ def prune(root: Path, max_gb: float | None = None, older_than_days: float | None
         too_old = older_than_days is not None and time.time() - summary.last_used > older_than_days * 86_400
         too_much = max_gb is not None and size > max_gb * GB
         if summary.name != keep and (too_old or too_much):
-            shutil.rmtree(root / summary.name)
+            shutil.rmtree(root / summary.name, ignore_errors=True)  # another process may be removing it, too
             removed.append(summary.name)
             size -= summary.bytes
     return removed
@@ -377,8 +403,9 @@ def batches_of(conversations: Sequence[Conversation]) -> list[list[Conversation]
 def _remove_leftovers(directory: Path) -> None:
     """Removes what processes killed in the middle of writing a shard have left."""
     for file in directory.glob(".*.partial"):
-        if time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
-            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed by the process that writes it, or on a read-only mount
+            if time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
+                file.unlink()
 
 
 def _open_shard(shard: Path) -> tuple[dict[str, torch.Tensor], str]:

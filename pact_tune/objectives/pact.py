@@ -1,0 +1,120 @@
+"""PACT (arXiv 2603.07445): cross-entropy + lambda_kl * KL on the safety tokens; and its tail variant."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+import torch
+
+from pact_tune.config import Fields, PathText, Text
+from pact_tune.errors import UserError
+from pact_tune.losses import VOCABULARY, PACTConfig, pact_loss
+from pact_tune.objectives.base import Chunk, Context, Objective
+from pact_tune.objectives.sft import sft
+from pact_tune.objectives.tokens import TokenSource
+from pact_tune.reference.readings import Columns, Reading, Vocabulary
+
+# Beyond the response position where the mixing weight of Eq. 8 has fallen to this, the response-only view is left out.
+NEGLIGIBLE_GATE = 1e-3
+MASS_RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
+
+
+def pact(
+    context: Context,
+    safety_tokens: Text | None = None,
+    preset: Literal["paper", "official", "tail"] = "paper",
+    revision: Text | None = None,
+    subfolder: PathText | None = None,
+    template_fallback: bool = False,
+    **overrides: Annotated[Any, Fields(PACTConfig)],
+) -> Objective:
+    """PACT (Eq. 9), or plain SFT when lambda_kl is 0: no reference is run then, and the numbers are the same bit for bit.
+
+    Args:
+        context (Context): of the run.
+        safety_tokens (str | None): folder, Hub repository or known name; None only with ``k: vocabulary``.
+        preset (str): "paper", "official" or "tail".
+        revision (str | None): of the Hub repository.
+        subfolder (str | None): of the folder or repository.
+        template_fallback (bool): take tokens from refusal templates where nobody has published a known name's.
+        **overrides: fields of :class:`pact_tune.PACTConfig`.
+
+    Returns:
+        Objective: "ce" + lambda_kl * "kl"; the mean "gate" is logged.
+
+    Raises:
+        UserError: unknown preset or field, a value out of range, or no safety tokens named, found or fitting.
+    """
+    config = PACTConfig.preset(preset, **overrides)
+    if config.lambda_kl == 0:
+        return sft(context)
+    reading: Reading
+    if config.k == VOCABULARY:
+        reading, weights = Vocabulary(), torch.ones(context.vocab_size, device=context.device)
+        note = f"Safety tokens: all {context.vocab_size} of the vocabulary."
+    elif safety_tokens is None:
+        raise UserError(
+            "Section 'loss' names no safety_tokens: give a folder made by `pact tokens compute`, a Hub repository, "
+            "or a known model name."
+        )
+    else:
+        found, text = TokenSource(safety_tokens, revision, subfolder, template_fallback).load(context)
+        chosen = found.select(config.k, config.ranking, config.weighting)
+        reading = Columns(chosen.ids.to(context.device), config.tail)
+        weights = chosen.weights.to(context.device)
+        note = f"Safety tokens: {len(chosen)} {text}"
+
+    def terms(chunk: Chunk) -> dict[str, torch.Tensor]:
+        full, response_only = chunk.reference["full"], chunk.reference.get("response_only")
+        kl = pact_loss(chunk.student, full, response_only, chunk.position, weights, config)
+        return {"ce": chunk.ce, "kl": (kl.per_token * chunk.weight).sum(), "gate": (kl.gate * chunk.weight).sum()}
+
+    settings = dataclasses.asdict(config) | {"tau": str(config.tau)}  # JSON has no infinity
+    tokens_needed = None
+    if config.tau < math.inf:
+        tokens_needed = config.decay_start + math.ceil(config.tau * math.log(1 / NEGLIGIBLE_GATE))
+    return Objective(
+        settings={"method": "pact", "constrained": True, **settings},
+        terms=terms,
+        coefficients={"ce": 1.0, "kl": config.lambda_kl},
+        metrics=("gate",),
+        reading=reading,
+        views=("full", "response_only") if config.response_only else ("full",),
+        response_only_bos=config.response_only_bos,
+        response_only_tokens=tokens_needed,
+        notes=(note,),
+        report=report_mass if config.tail else None,
+    )
+
+
+def report_mass(samples: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
+    """Says how much probability the reference gives to S on the training rows (with the tail alone it is known).
+
+    Much of it at position 0 means that the rows begin unlike the aligned model's own answers, or that S holds mere
+    style tokens: the constraint will then fight the task.
+
+    Args:
+        samples (Iterable[tuple[torch.Tensor, torch.Tensor]]): columns of the full view with the tail, ``[T, K+1]``, and
+            response positions ``[T]``, of some batches.
+
+    Returns:
+        list[str]: lines for the log.
+    """
+    total, count = torch.zeros(len(MASS_RANGES)), torch.zeros(len(MASS_RANGES))
+    for full, position in samples:
+        mass = 1 - full.softmax(-1)[:, -1]
+        for i, (start, end) in enumerate(MASS_RANGES.values()):
+            inside = (position >= start) & (position < (end or torch.inf))
+            total[i] += mass[inside].sum()
+            count[i] += inside.sum()
+    shares = dict(zip(MASS_RANGES, (total / count.clamp(min=1)).tolist(), strict=True))
+    text = ", ".join(f"{name}: {share:.3f}" for name, share in shares.items())
+    lines = [f"Reference's mean probability mass on the safety tokens, by response position: {text}"]
+    if shares["0"] > 0.5:
+        lines.append(
+            "WARNING: more than half of the mass at response position 0 lies on the safety tokens: the training "
+            "rows begin unlike the aligned model's own answers, or the safety tokens include mere style tokens; "
+            "the constraint will fight the task (see docs/method.md, 'When the constraint fights the task')."
+        )
+    return lines

@@ -1,0 +1,65 @@
+"""`recipe_state.pt`: all that a resumption needs, in one file that is replaced as a whole and checked before use."""
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pact_tune.errors import UserError
+from pact_tune.files import atomic_file
+
+STATE_FILE = "recipe_state.pt"
+FORMAT = 2
+
+
+def save_state(directory: Path, state: dict[str, Any]) -> None:
+    """Writes the state of a run.
+
+    Args:
+        directory (Path): the run's output folder.
+        state (dict[str, Any]): trained weights, optimizer, scheduler, step, the run's identity and the objective's state.
+    """
+    with atomic_file(directory / STATE_FILE) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def load_state(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Reads the state of a run that is to be resumed.
+
+    Args:
+        directory (Path): the run's output folder.
+        identity (dict[str, Any]): what must not change between a run and its resumption, as it is now.
+
+    Returns:
+        dict[str, Any]: what :func:`save_state` was given.
+
+    Raises:
+        UserError: there is none, it is damaged or of another version, or it belongs to a run with other data or settings.
+    """
+    path = directory / STATE_FILE
+    if not path.is_file():
+        raise UserError(f"There is no {STATE_FILE} in '{directory}' to resume from: set resume_from_checkpoint: False.")
+    start_anew = f"remove it and start anew, with resume_from_checkpoint: False, from the last result in '{directory}'"
+    try:
+        with zipfile.ZipFile(path) as archive:  # which is what torch writes; each part has a checksum
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} has another checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        version = state.get("format", 1)
+    except Exception as error:  # whatever torch's and zipfile's readers stumble over
+        raise UserError(f"'{path}' is damaged ({str(error).splitlines()[0]}): {start_anew}.") from error
+    if version != FORMAT:
+        raise UserError(
+            f"'{path}' has format {version}, this pact-tune reads {FORMAT}: resume with the version that wrote it, or "
+            f"{start_anew}."
+        )
+    then = state["identity"]
+    for key in sorted(then.keys() | identity.keys()):
+        if then.get(key) != identity.get(key):
+            raise UserError(
+                f"The run in '{directory}' cannot be resumed with this config: its {key} was {then.get(key)}, now it is "
+                f"{identity.get(key)}."
+            )
+    return state

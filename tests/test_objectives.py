@@ -1,0 +1,239 @@
+"""The seam: every method against a naive computation after steps have moved the student, and what a method may ask for."""
+
+import math
+import sys
+from pathlib import Path
+
+import pact_lora_finetune
+import pytest
+import torch
+from omegaconf import OmegaConf
+from recipe import logged, tune_run_processes, write_workspace
+from safetensors.torch import load_file
+from torchtune.modules.peft import disable_adapter
+
+from pact_tune.batching import Batch
+from pact_tune.losses import constrained_sft_betas, constrained_sft_loss
+from pact_tune.torchtune.config import complete
+
+
+def recipe_after(config: Path, steps: int, **overrides) -> pact_lora_finetune.PACTLoRAFinetuneRecipe:
+    """A recipe that has made some steps."""
+    cfg = OmegaConf.merge(OmegaConf.load(config), OmegaConf.create(overrides))
+    recipe = pact_lora_finetune.PACTLoRAFinetuneRecipe(complete(cfg))
+    recipe.setup(recipe.cfg)
+    for number in range(steps):
+        epoch = recipe.schedule.epoch(number // recipe.schedule.steps_per_epoch)
+        recipe.step(epoch[number % len(epoch)])
+    return recipe
+
+
+def full_logits(recipe, rows):
+    """Logits of student and reference at the rows' response positions, and where they are: plain, differentiable."""
+    conversations = [recipe.rows[row] for row in rows]
+    found = []
+    for c in conversations:
+        tokens = torch.tensor([c.tokens])
+        everywhere = torch.arange(tokens.numel())
+        batch = Batch(tokens, *[everywhere] * 6)
+        student = recipe.decoder.run(batch, lambda hidden, head: head.model.output(hidden))
+        with torch.no_grad(), disable_adapter(recipe.model):
+            reference = recipe.decoder.run(batch, lambda hidden, head: head.model.output(hidden))
+        for start, end in c.responses:
+            found += [
+                (student[start + t - 1], reference[start + t - 1], c.tokens[start + t], t) for t in range(end - start)
+            ]
+    student, reference, labels, position = zip(*found, strict=True)
+    return torch.stack(student).double(), torch.stack(reference).double(), torch.tensor(labels), position
+
+
+def assert_naive(recipe, naive, rows=(0, 1, 2)):
+    """The recipe's loss and gradients are those of a naive function of plain logits."""
+    rows = list(rows)
+    loss, _ = recipe.loss(rows, 1.0)
+    trained = [p for p in recipe.model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(loss, trained)
+    expected = naive(*full_logits(recipe, rows))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for one, other in zip(got, torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-5)
+
+
+CONSTRAINED = {"_component_": "pact_tune.objectives.constrained_sft"}
+
+
+def test_constrained_sft_after_twenty_steps(workspace, tmp_path):
+    """Gradient of the closed form -(2/beta) log sigmoid(beta (log pi - log pi_0)); the cache is what the reference is."""
+    cfg = OmegaConf.load(workspace)
+    cfg.loss = CONSTRAINED
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    recipe = recipe_after(tmp_path / "config.yaml", 20, output_dir=str(tmp_path / "out"), optimizer={"lr": 3e-3})
+
+    def gaps_of(student, reference, labels):
+        one = student.log_softmax(-1)[torch.arange(len(labels)), labels]
+        return one, one - reference.log_softmax(-1)[torch.arange(len(labels)), labels]
+
+    def naive(student, reference, labels, position):
+        total = 0.0
+        for logprob, gap, t in zip(*gaps_of(student, reference, labels), position, strict=True):
+            beta = 0.5 if t == 0 else 2.0 if t < 5 else 0.1
+            weight = max(2 * (1 - 1 / (1 + math.exp(-beta * gap.item()))), 1e-3)
+            total = total - weight * logprob
+        return total
+
+    assert_naive(recipe, naive)
+    student, reference, labels, position = full_logits(recipe, [0, 1, 2])
+    _, gaps = gaps_of(student, reference, labels)
+    assert gaps.abs().max() > 0.5  # the student has moved
+
+    def closed_form(student, reference, labels, position):
+        _, gaps = gaps_of(student, reference, labels)
+        betas = torch.tensor([0.5 if t == 0 else 2.0 if t < 5 else 0.1 for t in position])
+        return (-(2 / betas) * torch.nn.functional.logsigmoid(betas * gaps)).sum()
+
+    trained = [p for p in recipe.model.parameters() if p.requires_grad]
+    got = torch.autograd.grad(recipe.loss([0, 1, 2], 1.0)[0], trained)
+    expected = torch.autograd.grad(closed_form(student, reference, labels, position), trained)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=2e-2, atol=2e-3 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_constrained_sft_loss(dtype):
+    """Cross-entropy at the start whatever beta is, and a weight that never falls below a thousandth."""
+    logprobs = torch.tensor([-0.5, -3.0, -1e-3, -20.0], dtype=dtype, requires_grad=True)
+    betas = constrained_sft_betas(torch.tensor([0, 1, 4, 5]), 0.1, 5.0, 20.0, 5)
+    torch.testing.assert_close(betas, torch.tensor([0.5, 2.0, 2.0, 0.1]))
+    loss = constrained_sft_loss(logprobs, logprobs.detach(), betas)
+    torch.testing.assert_close(loss, -logprobs.to(loss.dtype))
+    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+    assert (gradient == -1).all()
+    far = constrained_sft_loss(logprobs, logprobs.detach() - 1000, torch.full((4,), 2.0))
+    torch.testing.assert_close(far, -1e-3 * logprobs.to(far.dtype))
+
+
+OWN_METHOD = '''
+import torch
+from pact_tune.objectives import Chunk, Context, Objective
+
+
+def decayed_sft(context: Context, strength: float = 0.1) -> Objective:
+    """Cross-entropy, and the squared norm of the adapter's update."""
+
+    def terms(chunk: Chunk):
+        return {"ce": chunk.ce}
+
+    def penalty(module: str, trained: dict[str, torch.Tensor]) -> torch.Tensor:
+        update = trained["lora_b.weight"] @ trained["lora_a.weight"]
+        return strength * update.square().sum()
+
+    return Objective({"method": "decayed_sft", "constrained": True, "strength": strength}, terms, {"ce": 1.0}, penalty=penalty)
+'''
+
+
+def test_a_method_of_the_users_own_with_a_penalty_on_one_process_and_on_two(tmp_path):
+    """As CONTRIBUTING.md says: a file in the working directory, named in the config."""
+    config = write_workspace(tmp_path, rows=16)
+    (tmp_path / "my_methods.py").write_text(OWN_METHOD)
+    cfg = OmegaConf.load(config)
+    cfg.loss = {"_component_": "my_methods.decayed_sft", "strength": 0.3}
+    OmegaConf.save(cfg, config)
+    for processes in (1, 2):
+        arguments = [
+            f"output_dir={tmp_path}/{processes}",
+            "epochs=2",
+            f"batch_size={4 // processes}",
+            "clip_grad_norm=1.0",
+        ]
+        done = tune_run_processes(config, *arguments, processes=processes, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    for metric in ("ce", "penalty", "loss"):
+        one, two = logged(tmp_path / "1", metric), logged(tmp_path / "2", metric)
+        assert one == pytest.approx(two, abs=1e-4) and len(one) == 8
+    assert logged(tmp_path / "1", "loss")[-1] == pytest.approx(
+        logged(tmp_path / "1", "ce")[-1] + logged(tmp_path / "1", "penalty")[-1], abs=1e-5
+    )
+
+
+def test_penalty_gradient_is_autograds(workspace, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    Path("my_methods.py").write_text(OWN_METHOD)
+    cfg = OmegaConf.load(workspace)
+    cfg.loss = {"_component_": "my_methods.decayed_sft", "strength": 0.3}
+    OmegaConf.save(cfg, tmp_path / "config.yaml")
+    recipe = recipe_after(
+        tmp_path / "config.yaml",
+        3,
+        output_dir=str(tmp_path / "out"),
+        optimizer={"_component_": "torch.optim.SGD", "lr": 0.05},
+    )
+    before = {n: p.detach().clone().requires_grad_() for n, p in recipe.model.named_parameters() if p.requires_grad}
+    (loss, _), rows = recipe.loss([0, 1], 1 / recipe.schedule.tokens([0, 1])), [0, 1]
+    gradients = dict(
+        zip(before, torch.autograd.grad(loss, [p for p in recipe.model.parameters() if p.requires_grad]), strict=True)
+    )
+    norm = sum(
+        0.3 * (before[n] @ before[n.replace("lora_b", "lora_a")]).square().sum() for n in before if "lora_b" in n
+    )
+    penalty = dict(zip(before, torch.autograd.grad(norm, list(before.values())), strict=True))
+    recipe.cfg.batch_by_length = False
+    object.__setattr__(recipe.schedule, "by_length", False)
+    recipe.step(rows)
+    for name, parameter in recipe.model.named_parameters():
+        if name in before:
+            expected = before[name] - 0.05 * (gradients[name] + penalty[name])
+            torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6)
+    assert any(g.abs().max() > 1e-4 for g in penalty.values())
+
+
+def test_full_vocabulary_kl_from_stored_hidden_states(workspace, tmp_path):
+    """Table 5's first row: the cache holds hidden states, 32 numbers a position and not 300."""
+    loss = {"k": "vocabulary", "weighting": "uniform", "response_only": False, "safety_tokens": None}
+    recipe = recipe_after(workspace, 5, output_dir=str(tmp_path / "out"), loss=loss)
+
+    def naive(student, reference, labels, position):
+        ce = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
+        return ce + 3.0 * torch.nn.functional.kl_div(
+            student.log_softmax(-1), reference.log_softmax(-1), log_target=True, reduction="sum"
+        )
+
+    assert_naive(recipe, naive)
+    (shard, *_) = Path(recipe.reference.cache.directory).glob("shard-*")
+    assert load_file(shard)["values"].shape[1] == 32
+
+
+def test_rows_kept_for_the_constraint_alone(workspace, tmp_path):
+    """They count in no cross-entropy and in no divisor; rows without a constraint count in no KL."""
+    recipe = recipe_after(workspace, 3, output_dir=str(tmp_path / "out"), loss={"preset": "tail"})
+    alone = {}
+    for row in (0, 1):
+        _, terms = recipe.loss([row], 1.0)
+        alone[row] = dict(zip(recipe.objective.names, terms.tolist(), strict=True))
+    object.__setattr__(recipe.rows[0], "ce_weight", 0.0)
+    object.__setattr__(recipe.rows[1], "weight", 0.0)
+    _, terms = recipe.loss([0, 1], 1.0)
+    both = dict(zip(recipe.objective.names, terms.tolist(), strict=True))
+    assert both["ce"] == pytest.approx(alone[1]["ce"], rel=1e-5)
+    assert both["kl"] == pytest.approx(alone[0]["kl"], rel=1e-5) and both["kl"] > 0
+    assert recipe.schedule.tokens([0, 1]) == recipe.rows[1].num_response_tokens
+
+
+def test_the_tail_after_steps_equals_the_equations(workspace, tmp_path):
+    """At the first step the tail's KL is 0 whatever one computes; so here the student has moved."""
+    recipe = recipe_after(workspace, 10, output_dir=str(tmp_path / "out"), loss={"preset": "tail"})
+    ids = recipe.objective.reading.ids
+
+    def naive(student, reference, labels, position):
+        def columns(logits):
+            outside = torch.ones(logits.shape[1], dtype=torch.bool)
+            outside[ids] = False
+            tail = logits[:, outside].exp().sum(-1, keepdim=True).log()
+            return torch.cat([logits[:, ids], tail], dim=1).softmax(-1)
+
+        q, p = columns(reference), columns(student)
+        kl = (q * (q.log() - p.log())).sum()
+        assert kl > 1e-3
+        return torch.nn.functional.cross_entropy(student, labels, reduction="sum") + 3.0 * kl
+
+    assert_naive(recipe, naive)

@@ -1,0 +1,81 @@
+"""What a run does when it is interrupted, when its numbers blow up, and when its state is damaged."""
+
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from recipe import logged, run_command, tune_run, tune_run_processes, write_rows
+from test_recipe import adapter_of, assert_same_bits
+
+from pact_tune.run_state import STATE_FILE
+
+
+def test_damaged_states_are_refused(workspace, tmp_path, monkeypatch):
+    """Bit flips anywhere, truncations, another format, no state at all: one sentence each, before weights are loaded."""
+    run = [f"output_dir={tmp_path}", "epochs=2", "max_steps_per_epoch=2"]
+    assert tune_run(monkeypatch, workspace, *run, "save_every_n_steps=1") is None
+    state = tmp_path / STATE_FILE
+    good = state.read_bytes()
+    again = [*run[:1], "epochs=3", "max_steps_per_epoch=2", "resume_from_checkpoint=True"]
+    rng = random.Random(0)
+    for place in (rng.randrange(len(good) // 10, len(good) * 9 // 10) for _ in range(12)):
+        bad = bytearray(good)
+        for offset in range(64):  # beyond the padding between two tensors
+            bad[place + offset] ^= 0xFF
+        state.write_bytes(bad)
+        message = tune_run(monkeypatch, workspace, *again)
+        assert "damaged" in message and "\n" not in message
+    for size in (0, 100, len(good) // 2, len(good) - 1):
+        state.write_bytes(good[:size])
+        assert "damaged" in tune_run(monkeypatch, workspace, *again)
+    torch.save({"global_step": 1}, state)
+    assert "has format 1" in tune_run(monkeypatch, workspace, *again)
+    state.unlink()
+    assert "to resume from" in tune_run(monkeypatch, workspace, *again)
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=1e30", "loss.lambda_kl=1e38"])
+def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_of_it_is_saved(workspace, tmp_path, monkeypatch, override):
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}", "loss.preset=tail") is None
+    good = adapter_of(tmp_path)
+    message = tune_run(monkeypatch, workspace, f"output_dir={tmp_path}", "loss.preset=tail", override)
+    assert "not finite" in message and "step" in message and "\n" not in message
+    assert_same_bits(adapter_of(tmp_path), good)
+
+
+@pytest.mark.parametrize(("processes", "signum"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(workspace, tmp_path, processes, signum):
+    write_rows(tmp_path / "rows.jsonl", 60)
+    common = [f"dataset.source={tmp_path}/rows.jsonl", "epochs=20", "batch_size=2", "save_adapter_weights_only=True"]
+    started = subprocess.Popen(
+        run_command(workspace, f"output_dir={tmp_path}/cut", *common, processes=processes),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("cut/epoch_0")) and started.poll() is None:
+        time.sleep(0.05)
+    started.send_signal(signum)
+    output, _ = started.communicate(timeout=300)
+    if processes == 1:
+        assert started.returncode == 128 + signum, output
+        assert "Traceback" not in output and "resume_from_checkpoint=True" in output
+    assert started.returncode != 0 and not (tmp_path / "cut" / "epoch_19").exists()
+    for name, *more in (("cut", "resume_from_checkpoint=True"), ("whole",)):
+        done = tune_run_processes(workspace, f"output_dir={tmp_path}/{name}", *common, *more, processes=processes)
+        assert done.returncode == 0, done.stderr
+    assert_same_bits(adapter_of(tmp_path / "cut", 19), adapter_of(tmp_path / "whole", 19))
+
+
+def test_validation_rows_are_not_trained_on_and_the_best_epoch_is_named(workspace, tmp_path, monkeypatch, capsys):
+    write_rows(tmp_path / "held_out.jsonl", 7)
+    section = [
+        "+validation_dataset._component_=pact_tune.chat_dataset",
+        f"+validation_dataset.source={tmp_path}/held_out.jsonl",
+    ]
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/with", "epochs=2", *section) is None
+    assert "Lowest validation loss: epoch_" in capsys.readouterr().out
+    assert len(logged(tmp_path / "with", "validation_loss")) == 2
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/without", "epochs=2") is None
+    assert_same_bits(adapter_of(tmp_path / "with", 1), adapter_of(tmp_path / "without", 1))
