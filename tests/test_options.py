@@ -69,7 +69,6 @@ BAD_INPUT = {
     "no scaling of the rotary embedding": (lambda f: edit_config(f, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), [], "rope_scaling is default in the checkpoint"),
     "yarn": (lambda f: edit_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}), [], "rope_scaling is yarn in the checkpoint"),
     "misspelt LoRA module": (lambda f: None, ["model.lora_attn_modules=[q_proj,vproj]"], "did you mean 'v_proj'"),
-    "offloading": (lambda f: None, ["enable_activation_offloading=True"], "is not supported"),
     "rows too long": (lambda f: None, ["model.max_seq_len=30"], "set dataset.max_seq_len"),
     "packed rows too long": (lambda f: None, ["model.max_seq_len=100", "packed=True"], "set dataset.max_seq_len"),
 }  # fmt: skip

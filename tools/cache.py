@@ -5,6 +5,7 @@ import datetime
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from pact_tune.errors import UserError
 from pact_tune.reference.cache import Summary, default_directory, is_damaged, prune, shards_of, summaries

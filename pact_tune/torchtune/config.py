@@ -296,11 +296,6 @@ def contradictions(values: dict[str, Any]) -> list[str]:
         problems.append(
             "shuffle: False keeps the order of the data, which batch_by_length: True changes: set batch_by_length: False too."
         )
-    if values["enable_activation_offloading"]:
-        problems.append(
-            "enable_activation_offloading is not supported: the loss takes the gradient of the output head inside the "
-            "forward, where torchtune's offloading allows no backward; use enable_activation_checkpointing, or QLoRA."
-        )
     return problems
 
 
