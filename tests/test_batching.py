@@ -5,8 +5,9 @@ import random
 import pytest
 import torch
 
-from pact_tune.batching import collate, epoch_order, group_by_length, rank_rows, response_only_views
+from pact_tune.batching import collate, rank_rows, response_only_views
 from pact_tune.conversations import Conversation
+from pact_tune.schedule import epoch_order, group_by_length
 
 PAD = 999
 
