@@ -39,6 +39,10 @@ def test_collate_equals_a_naive_loop(kind):
     rng = random.Random(0)
     for turns in BATCHES[kind] * 10:
         conversations = [random_conversation(rng, number) for number in turns]
+        conversations = [
+            Conversation(c.tokens, c.responses, ce_weight=rng.choice([0, 1, 0.5]), weight=rng.choice([0, 1, 2]))
+            for c in conversations
+        ]
         batch = collate(conversations, PAD)
 
         # A hidden state that says where it stands: [row, column]
@@ -56,7 +60,11 @@ def test_collate_equals_a_naive_loop(kind):
         for row, conversation in enumerate(conversations):
             inputs = conversation.tokens[:-1]
             assert batch.tokens[row].tolist() == inputs + [PAD] * (width - len(inputs))
-        assert all(tensor.dtype == torch.int64 for tensor in vars(batch).values() if tensor is not None)
+        assert [conversations[row].ce_weight for row in batch.row] == batch.ce_weight.tolist()
+        assert [conversations[row].weight for row in batch.row] == batch.weight.tolist()
+        assert [item[0] for item in expected] == batch.row.tolist()
+        for name, tensor in vars(batch).items():
+            assert tensor is None or tensor.dtype == (torch.float32 if "weight" in name else torch.int64)
 
 
 def test_rows_do_not_depend_on_their_neighbours():
