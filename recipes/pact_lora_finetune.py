@@ -132,7 +132,9 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.dataset = config.instantiate(cfg.dataset, self.tokenizer)
         for counts in self.dataset.counts:
             logger.info(f"Data: {counts}")
-        logger.info(f"One row as it is trained on, the response marked:\n{show(self.tokenizer, self.dataset.conversations[0])}")
+        logger.info(
+            f"One row as it is trained on, the response marked:\n{show(self.tokenizer, self.dataset.conversations[0])}"
+        )
         main, stream = self.dataset.conversations, self.objective.stream
         held_out = []
         if cfg.validation_dataset is not None:
