@@ -68,7 +68,7 @@ SIZES = {
     "Qwen2.5-7B": _qwen2(152064, 28, 28, 4, 3584, 18944),
     "Llama-3.1-8B": {"_component_": "torchtune.models.llama3_1.lora_llama3_1_8b"},
     "Llama-3.2-1B": {"_component_": "torchtune.models.llama3_2.lora_llama3_2_1b"},
-    "Gemma-2-9B": {"_component_": "pact_tune.torchtune.gemma2.lora_gemma2_9b"},
+    "Gemma-2-9B": {"_component_": "pact_tune.torchtune.from_checkpoint", "path": "gemma-2-9b-it"},
 }
 VOCABULARIES = {"Llama-3.1-8B": 128256, "Llama-3.2-1B": 128256, "Gemma-2-9B": 256000}
 # Tokens of (prompt, response), row after row, and how many different responses there are (None: all differ). GSM8K's
@@ -240,8 +240,10 @@ def torchtune_step(cfg: DictConfig) -> Callable[[list[int]], Any]:
 
 def torchtunes_own(section: Mapping[str, Any]) -> dict[str, Any]:
     """A section of the network with torchtune's builder in the place of ours (Gemma 2, whose logits it does not cap)."""
-    own = section["_component_"].replace("pact_tune.torchtune.gemma2", "torchtune.models.gemma2")
-    return {**section, "_component_": own}
+    if section["_component_"] != "pact_tune.torchtune.from_checkpoint":
+        return dict(section)
+    lora = {key: value for key, value in section.items() if "lora" in key}
+    return {"_component_": "torchtune.models.gemma2.lora_gemma2_9b", **lora}
 
 
 def published_step(cfg: DictConfig) -> Callable[[list[int]], Any]:

@@ -17,12 +17,6 @@ from pact_tune.batching import Batch
 from pact_tune.decoder import Decoder
 
 AT_EXIT = Path(__file__).parent / "at_exit"  # aborts a process that shuts Python down while gloo's threads live
-SIZES = {
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "max_seq_len": 512,
-}
 LLAMA3_SCALING = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -31,51 +25,21 @@ LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# name -> (model builder, checkpointer.model_type, arguments of tiny_model)
+GEMMA2 = {
+    "sliding_window": 12,
+    "query_pre_attn_scalar": 11,
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+}
+# name -> arguments of tiny_model
 ARCHITECTURES = {
-    "qwen2": (
-        {"_component_": "torchtune.models.qwen2.lora_qwen2", "tie_word_embeddings": True, "norm_eps": 1e-6},
-        "QWEN2",
-        {"architecture": "qwen2", "tied": True},
-    ),
-    "qwen2_untied": (
-        {"_component_": "torchtune.models.qwen2.lora_qwen2", "norm_eps": 1e-6},
-        "QWEN2",
-        {"architecture": "qwen2", "tied": False},
-    ),
-    "llama": (
-        {"_component_": "torchtune.models.llama3.lora_llama3", "norm_eps": 1e-6},
-        "LLAMA3",
-        {"architecture": "llama", "tied": False},
-    ),
-    "llama3_1": (
-        {"_component_": "torchtune.models.llama3_1.lora_llama3_1", "norm_eps": 1e-6},
-        "LLAMA3",
-        {"architecture": "llama", "tied": False, "rope_parameters": LLAMA3_SCALING},
-    ),
-    "llama3_2": (
-        {"_component_": "torchtune.models.llama3_2.lora_llama3_2", "norm_eps": 1e-6, "scale_factor": 32},
-        "LLAMA3_2",
-        {"architecture": "llama", "tied": True, "rope_parameters": LLAMA3_SCALING | {"factor": 32.0}},
-    ),
-    "gemma2": (
-        {
-            "_component_": "pact_tune.torchtune.gemma2.lora_gemma2",
-            "sliding_window_size": 12,
-            "query_pre_attn_scalar": 11,
-            "attn_logit_softcap": 5.0,
-            "final_logit_softcap": 3.0,
-        },
-        "GEMMA2",
-        {
-            "architecture": "gemma2",
-            "tied": True,
-            "sliding_window": 12,
-            "query_pre_attn_scalar": 11,
-            "attn_logit_softcapping": 5.0,
-            "final_logit_softcapping": 3.0,
-        },
-    ),
+    "qwen2": {"architecture": "qwen2", "tied": True},
+    "qwen2_untied": {"architecture": "qwen2", "tied": False},
+    "llama": {"architecture": "llama", "tied": False},
+    "llama3_1": {"architecture": "llama", "tied": False, "rope_parameters": LLAMA3_SCALING},
+    "llama3_2": {"architecture": "llama", "tied": True, "rope_parameters": LLAMA3_SCALING | {"factor": 32.0}},
+    "smollm2": {"architecture": "llama", "tied": True, "num_attention_heads": 3, "num_key_value_heads": 1},
+    "gemma2": {"architecture": "gemma2", "tied": True, **GEMMA2},
 }
 
 
@@ -95,24 +59,20 @@ def write_rows(path: Path, n: int) -> Path:
 def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40, width: int = 32, **model) -> Path:
     """A folder with a checkpoint, safety tokens, data and a config for them: config.yaml; NF4 needs a width of 256."""
     directory.mkdir(parents=True, exist_ok=True)
-    builder, model_type, tiny = ARCHITECTURES[architecture]
+    tiny = ARCHITECTURES[architecture]
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "head_dim": width // 4}
+    if architecture == "smollm2":  # an odd number of heads, as in SmolLM2 135M
+        sizes = {"hidden_size": 3 * width // 4, "intermediate_size": 2 * width, "head_dim": width // 4}
     checkpoint = tiny_model(directory / "model", **tiny | sizes | model)
     tokenizer = load_tokenizer(str(checkpoint))
     safety_tokens_from_templates(tokenizer).save(directory / "safety_tokens")
     write_rows(directory / "rows.jsonl", rows)
-    hf = json.loads((checkpoint / "config.json").read_text())
     config = {
         "output_dir": str(directory / "out"),
         "checkpoint_dir": str(checkpoint),
         "model": {
-            **SIZES,
-            "embed_dim": width,
-            "intermediate_dim": 2 * width,
-            **builder,
-            **({"head_dim": width // 4} if architecture == "gemma2" else {}),
-            "vocab_size": hf["vocab_size"],
-            "rope_base": hf["rope_parameters"]["rope_theta"],
+            "_component_": "pact_tune.torchtune.from_checkpoint",
+            "path": "${checkpoint_dir}",
             "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
             "apply_lora_to_mlp": True,
             "lora_rank": 4,
@@ -122,7 +82,6 @@ def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40
         "checkpointer": {
             "_component_": "pact_tune.torchtune.HFCheckpointer",
             "checkpoint_dir": "${checkpoint_dir}",
-            "model_type": model_type,
             "output_dir": "${output_dir}",
         },
         "dataset": {"_component_": "pact_tune.chat_dataset", "source": str(directory / "rows.jsonl")},
@@ -149,11 +108,10 @@ def write_workspace(directory: Path, architecture: str = "qwen2", rows: int = 40
     return path
 
 
-def full_finetuning(architecture: str) -> list[str]:
+def full_finetuning() -> list[str]:
     """Overrides that take the adapters away."""
-    name = ARCHITECTURES[architecture][0]["_component_"].replace("lora_", "")
     keys = ("lora_attn_modules", "apply_lora_to_mlp", "lora_rank", "lora_alpha")
-    return [f"model._component_={name}", *(f"~model.{key}" for key in keys), "optimizer.lr=1e-3"]
+    return [*(f"~model.{key}" for key in keys), "optimizer.lr=1e-3"]
 
 
 def tune_run(monkeypatch, config: Path | str, *overrides: str) -> int | str | None:

@@ -25,7 +25,7 @@ def test_result_is_the_trained_model_and_the_reference_the_one_before(tmp_path, 
         return original(self, batch, *rest)
 
     monkeypatch.setattr(Decoder, "loss", loss)
-    arguments = [f"output_dir={tmp_path}/out", "loss.preset=tail", "epochs=2", *full_finetuning(architecture)]
+    arguments = [f"output_dir={tmp_path}/out", "loss.preset=tail", "epochs=2", *full_finetuning()]
     assert tune_run(monkeypatch, config, *arguments) is None
     kl = logged(tmp_path / "out", "kl")
     assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-3
@@ -55,7 +55,7 @@ def test_gradient_of_all_weights_is_autograds(tmp_path, monkeypatch):
     for architecture, by_length in (("qwen2", False), ("llama", True)):
         config = write_workspace(tmp_path / architecture, architecture, rows=8)
         out = tmp_path / architecture / "out"
-        overrides = [f"output_dir={out}", *full_finetuning(architecture), "optimizer._component_=torch.optim.SGD"]
+        overrides = [f"output_dir={out}", *full_finetuning(), "optimizer._component_=torch.optim.SGD"]
         overrides += [
             "optimizer.lr=0.1",
             "loss.lambda_kl=0",
@@ -90,7 +90,7 @@ def test_gradient_of_all_weights_is_autograds(tmp_path, monkeypatch):
 
 def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypatch):
     config = write_workspace(tmp_path, "qwen2_untied", rows=16)
-    common = ["epochs=2", "loss.preset=tail", *full_finetuning("qwen2_untied")]
+    common = ["epochs=2", "loss.preset=tail", *full_finetuning()]
     assert tune_run(monkeypatch, config, f"output_dir={tmp_path}/one", *common) is None
     save = HFCheckpointer.save
 
@@ -135,5 +135,5 @@ def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypat
 )
 def test_full_finetuning_without_what_it_needs_is_refused(tmp_path, monkeypatch, override, words):
     config = write_workspace(tmp_path, rows=4)
-    message = tune_run(monkeypatch, config, f"output_dir={tmp_path}/out", override, *full_finetuning("qwen2"))
+    message = tune_run(monkeypatch, config, f"output_dir={tmp_path}/out", override, *full_finetuning())
     assert isinstance(message, str) and words in message

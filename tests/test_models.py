@@ -1,5 +1,9 @@
 """Models and exports against transformers and PEFT: the same weights give the same logits."""
 
+import re
+import shutil
+import weakref
+
 import peft
 import pytest
 import torch
@@ -13,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from pact_tune import cli
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
+from pact_tune.families import network_of
 from pact_tune.reference.readings import Columns
 from pact_tune.tools.configs import load
 from pact_tune.torchtune import lora
@@ -21,7 +26,7 @@ from pact_tune.torchtune.decoder import TorchtuneDecoder
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "output_proj"]
-TIED = ("qwen2", "llama3_2", "gemma2")
+TIED = ("qwen2", "llama3_2", "smollm2", "gemma2")
 
 
 def workspace_of(folder, architecture, **model):
@@ -135,6 +140,8 @@ def test_exports_equal_the_trained_model(architecture, workspace, tokens, tmp_pa
 @pytest.fixture(scope="module")
 def wide(architecture, tmp_path_factory):
     """Wide enough for NF4, whose scales are shared by 16384 weights."""
+    if architecture == "smollm2":
+        pytest.skip("its odd number of heads makes layers that NF4 does not divide")
     return workspace_of(
         tmp_path_factory.mktemp(f"wide_{architecture}"), architecture, width=256, initializer_range=0.05
     )
@@ -276,3 +283,258 @@ def test_quantized_dora_on_several_processes_is_refused(wide_llama):
     cfg = load(wide_llama, ["model.quantize_base=True", "model.use_dora=True"])
     with pytest.raises(UserError, match="does not work on several processes"), torch.device("meta"):
         lora.build(cfg.model, world_size=2)
+
+
+# --- what a checkpoint says of its network
+
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+THETA = {"rope_theta": 10000.0}
+FACTOR_1 = {"rope_type": "llama3", "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 512}  # fmt: skip
+SAME = {
+    "keys left out": {"num_key_value_heads": None, "rope_theta": None},
+    "transformers 4": {"rope_theta": 10000.0, "rope_scaling": None},
+    "rope type default": {"rope_parameters": {"rope_type": "default", **THETA}},
+    "llama3 with factor 1": {"rope_scaling": FACTOR_1, **THETA},
+    "rope parameters with factor 1": {"rope_parameters": FACTOR_1 | THETA},
+    "epsilon that was a float32": {"rms_norm_eps": 9.99999997e-07},
+    "architecture instead of type": {"model_type": None, "architectures": ["LlamaForCausalLM"]},
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_equal_networks_are_equal(case):
+    changed = {key: value for key, value in (LLAMA | SAME[case]).items() if value is not None}
+    assert network_of(changed, "here") == network_of(LLAMA, "here")
+
+
+OTHER = {
+    "activation": ({"hidden_act": "gelu"}, "hidden_act is gelu"),
+    "biases": ({"attention_bias": True}, "have biases"),
+    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, **THETA}, "rope_type is yarn"),
+    "window": ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, "sliding window"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq"}}, "quantised already"),
+    "Qwen3": ({"model_type": "qwen3"}, "pact_tune.hf.causal_lm"),
+    "Gemma 3": ({"model_type": "gemma3_text"}, "pact_tune.hf.causal_lm"),
+    "no type": ({"model_type": None}, "names no model_type"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_other_networks_are_refused_with_the_route_that_knows_them(case):
+    changes, words = OTHER[case]
+    with pytest.raises(UserError, match=re.escape(words)) as caught:
+        network_of({key: value for key, value in (LLAMA | changes).items() if value is not None}, "here")
+    assert "\n" not in str(caught.value)
+
+
+def torchtune_section(network, **changes):
+    sizes = {
+        "vocab_size": network.vocab_size, "num_layers": network.num_layers, "num_heads": network.num_heads,
+        "num_kv_heads": network.num_kv_heads, "embed_dim": network.dim, "intermediate_dim": network.intermediate_dim,
+        "max_seq_len": network.max_seq_len, "norm_eps": network.norm_eps, "rope_base": network.rope_base,
+    }  # fmt: skip
+    lora_keys = {"lora_attn_modules": ["q_proj"], "lora_rank": 2, "lora_alpha": 4}
+    return OmegaConf.create({"_component_": "torchtune.models.llama3.lora_llama3", **sizes, **lora_keys} | changes)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return workspace_of(tmp_path_factory.mktemp("llama_alone"), "llama")
+
+
+BUILDERS = {
+    "the right one": ({}, None),
+    "llama3 scaling with factor 1": ({"_component_": "torchtune.models.llama3_1.lora_llama3_1", "scale_factor": 1}, None),
+    "llama3 scaling": ({"_component_": "torchtune.models.llama3_1.lora_llama3_1"}, "rope_scaling is None in the checkpoint"),
+    "two differences": ({"intermediate_dim": 48, "rope_base": 500000}, "rope_theta is 10000.0 in the checkpoint and 500000"),
+    "a width": ({"intermediate_dim": 48}, "mlp.w1.weight is (64, 32) in the checkpoint and (48, 32) in the model"),
+    "epsilon": ({"norm_eps": 1e-5}, "rms_norm_eps is 1e-06 in the checkpoint and 1e-05"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BUILDERS)
+def test_torchtunes_own_builders_are_compared_with_the_checkpoint(llama, case):
+    changes, words = BUILDERS[case]
+    checkpointer = HFCheckpointer(str(llama.parent / "model"), "unused")
+    model = lora.build(torchtune_section(checkpointer.network, **changes))
+    if words is None:
+        checkpointer.check(model)
+    else:
+        with pytest.raises(UserError, match=re.escape(words)):
+            checkpointer.check(model)
+
+
+def test_a_reference_with_attention_dropout_is_the_same_each_time(llama, tokens):
+    checkpointer = HFCheckpointer(str(llama.parent / "model"), "unused")
+    model = lora.build(torchtune_section(checkpointer.network, attn_dropout=0.5))
+    base = checkpointer.load()
+    lora.fill(model, base, lora.initial_adapter(model, base, 0), torch.device("cpu"))
+    decoder = TorchtuneDecoder(model.train(), 0, torch.device("cpu"))
+    reads = [
+        decoder.read_reference([Conversation(tokens[0].tolist(), [(20, 60)])], Columns(torch.tensor([7, 3]), False))
+        for _ in range(2)
+    ]
+    assert torch.equal(*reads)
+    assert not torch.equal(logits_of(decoder, tokens), logits_of(decoder, tokens)), "the student has its dropout"
+
+
+def damaged(workspace, folder, change):
+    shutil.copytree(workspace.parent / "model", folder / "model")
+    change(folder / "model")
+    return folder / "model"
+
+
+def other_head(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def same_head(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def binaries(folder):
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    return workspace_of(tmp_path_factory.mktemp("tied"), "smollm2")
+
+
+def test_a_tied_head_that_is_saved_again_is_taken_and_another_one_refused(tied, tmp_path):
+    assert HFCheckpointer(str(damaged(tied, tmp_path / "same", same_head)), "unused").load().keys() == (
+        HFCheckpointer(str(tied.parent / "model"), "unused").load().keys()
+    )
+    with pytest.raises(UserError, match="set tie_word_embeddings to false"):
+        HFCheckpointer(str(damaged(tied, tmp_path / "other", other_head)), "unused")
+
+
+def test_bin_files_alone_say_how_to_convert_them(tied, tmp_path):
+    with pytest.raises(UserError, match="has .bin files only: convert it with"):
+        HFCheckpointer(str(damaged(tied, tmp_path, binaries)), "unused")
+
+
+def test_loading_holds_one_whole_tensor_at_a_time(llama):
+    checkpointer = HFCheckpointer(str(llama.parent / "model"), "unused")
+    model = lora.build(torchtune_section(checkpointer.network))
+    alive = []
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            assert sum(reference() is not None for reference in alive) <= 1
+            tensor = checkpointer.load()[name].clone()
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+    lora.fill(model, Watched(), lora.initial_adapter(model, {}, 0), torch.device("cpu"))
+    assert len(alive) == len(checkpointer.load())
+
+
+# --- the adapter's own precision
+
+
+@pytest.fixture(scope="module")
+def bf16(tmp_path_factory):
+    return workspace_of(
+        tmp_path_factory.mktemp("bf16"), "llama3_1", dtype="bfloat16", width=256, initializer_range=0.05
+    )
+
+
+STEP = ["dtype=bf16", "max_steps_per_epoch=3", "loss.preset=tail"]
+KINDS = {"lora": [], "qlora": ["model.quantize_base=True"]}
+
+
+def adapter_of(folder):
+    return load_file(folder / "epoch_0" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_a_bf16_model_are_float32_on_one_process_and_two(bf16, tmp_path, monkeypatch, capsys, kind):
+    """And `pact merge` gives the bits of the run's own merged model."""
+    arguments = [*STEP, *KINDS[kind]]
+    assert tune_run(monkeypatch, bf16, f"output_dir={tmp_path}/one", *arguments) is None
+    two = [f"output_dir={tmp_path}/two", f"reference_cache.directory={tmp_path}/cache", "batch_size=2", *arguments]
+    process = tune_run_processes(bf16, *two, processes=2)
+    assert process.returncode == 0, process.stderr
+    losses = logged(tmp_path / "one", "loss")
+    assert logged(tmp_path / "one", "kl")[0] == pytest.approx(0, abs=1e-3)
+    assert len(losses) == 3 and logged(tmp_path / "two", "loss") == pytest.approx(losses, abs=2e-2)
+    assert {tensor.dtype for tensor in adapter_of(tmp_path / "two").values()} == {torch.float32}
+    merged = load_file(tmp_path / "one" / "epoch_0" / "model.safetensors")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert cli.main(["verify", str(tmp_path / "one" / "epoch_0"), "--rows", "2"]) == 0
+    command = ["merge", str(tmp_path / "one" / "epoch_0" / "adapter"), "--output", str(tmp_path / "merged")]
+    assert cli.main([*command, "--base", str(bf16.parent / "model")]) == 0
+    again = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == again.keys() and all(torch.equal(merged[name], again[name]) for name in merged)
+    transformers_model(tmp_path / "merged")
+    capsys.readouterr()
+    assert cli.main(command) == 1 and "exists already" in capsys.readouterr().err
+
+
+def test_a_small_step_moves_a_float32_adapter_and_hardly_a_bf16_one(llama, tmp_path, monkeypatch):
+    """The first step of Adam moves each weight by the learning rate."""
+    moved = {}
+    for dtype in ("fp32", "bf16"):
+        weights = []
+        for rate in ("1e-12", "3e-5"):
+            out = f"output_dir={tmp_path}/{dtype}{rate}"
+            arguments = [
+                "dtype=bf16",
+                f"adapter_dtype={dtype}",
+                "max_steps_per_epoch=2",
+                f"optimizer.lr={rate}",
+                "save_adapter_weights_only=True",
+            ]
+            assert tune_run(monkeypatch, llama, out, *arguments) is None
+            tensors = adapter_of(tmp_path / f"{dtype}{rate}")
+            weights.append(torch.cat([t.flatten() for n, t in tensors.items() if "lora_A" in n]))
+        moved[dtype] = (weights[0] != weights[1]).float().mean().item()
+    assert moved["fp32"] > 0.95 and moved["bf16"] < 0.4
+
+
+# --- pact merge, and going on from an adapter
+
+
+def test_merge_takes_an_adapter_of_peft_and_says_when_it_does_not_fit(llama, bf16, tmp_path, tokens, capsys):
+    model = transformers_model(llama.parent / "model")
+    config = peft.LoraConfig(r=2, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "down_proj"])
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+        adapted.save_pretrained(tmp_path / "adapter")
+        expected = adapted(tokens).logits
+    base = ["--base", str(llama.parent / "model")]
+    assert cli.main(["merge", str(tmp_path / "adapter"), *base, "--output", str(tmp_path / "merged")]) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(transformers_model(tmp_path / "merged")(tokens).logits, expected, **TOLERANCE)
+    capsys.readouterr()
+    other = ["--base", str(bf16.parent / "model"), "--output", str(tmp_path / "other")]
+    assert cli.main(["merge", str(tmp_path / "adapter"), *other]) == 1
+    message = capsys.readouterr().err
+    assert "does not fit the model" in message and message.count("\n") == 1 and not (tmp_path / "other").exists()
+
+
+def test_training_goes_on_from_an_adapter_that_the_reference_has_or_not(llama, tmp_path, monkeypatch):
+    common = ["max_steps_per_epoch=2", "loss.preset=tail"]
+    assert tune_run(monkeypatch, llama, f"output_dir={tmp_path}/first", *common, "epochs=3") is None
+    first = tmp_path / "first" / "epoch_2"
+    outside = [f"checkpointer.adapter={first}/adapter", "optimizer.lr=1e-12"]
+    assert tune_run(monkeypatch, llama, f"output_dir={tmp_path}/outside", *common, *outside) is None
+    inside = [f"checkpoint_dir={first}", "optimizer.lr=1e-12"]
+    assert tune_run(monkeypatch, llama, f"output_dir={tmp_path}/inside", *common, *inside) is None
+    assert logged(tmp_path / "outside", "ce") == pytest.approx(logged(tmp_path / "inside", "ce"), abs=1e-4)
+    assert logged(tmp_path / "outside", "kl")[0] > 0.01 > 1e-4 > logged(tmp_path / "inside", "kl")[0]
+    given, result = load_file(first / "adapter" / "adapter_model.safetensors"), adapter_of(tmp_path / "outside")
+    assert all(torch.allclose(given[name], result[name], atol=1e-9) for name in given)
+    other = [*outside, "model.lora_alpha=16"]
+    message = tune_run(monkeypatch, llama, f"output_dir={tmp_path}/other", *common, *other)
+    assert "model.lora_rank=4 model.lora_alpha=8" in message

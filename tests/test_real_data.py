@@ -48,8 +48,6 @@ FAMILIES = {
         "vocab_size": 151936,  # the tokenizer has 151,665
         "rope": {"rope_type": "default", "rope_theta": 1e6},
         "eps": 1e-6,
-        "model_type": "QWEN2",
-        "builder": {"_component_": "torchtune.models.qwen2.lora_qwen2", "tie_word_embeddings": True, "rope_base": 1e6},
     },
     "llama3.2": {
         "tokenizer": "llama3-hf",
@@ -57,8 +55,6 @@ FAMILIES = {
         "vocab_size": 128256,
         "rope": LLAMA3_2_ROPE,
         "eps": 1e-5,
-        "model_type": "LLAMA3_2",
-        "builder": {"_component_": "torchtune.models.llama3_2.lora_llama3_2", "rope_base": 500000, "scale_factor": 32},
     },
 }
 STEPS, BATCH = 20, 4
@@ -87,15 +83,8 @@ def family(request, tmp_path_factory) -> Path:
         "output_dir": "???",
         "checkpoint_dir": str(checkpoint),
         "model": {
-            **entry["builder"],
-            "vocab_size": entry["vocab_size"],
-            "num_layers": 2,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "embed_dim": 256,
-            "intermediate_dim": 512,
-            "max_seq_len": 4096,
-            "norm_eps": entry["eps"],
+            "_component_": "pact_tune.torchtune.from_checkpoint",
+            "path": "${checkpoint_dir}",
             "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
             "apply_lora_to_mlp": True,
             "lora_rank": 8,
@@ -105,7 +94,6 @@ def family(request, tmp_path_factory) -> Path:
         "checkpointer": {
             "_component_": "pact_tune.torchtune.HFCheckpointer",
             "checkpoint_dir": "${checkpoint_dir}",
-            "model_type": entry["model_type"],
             "output_dir": "${output_dir}",
         },
         "dataset": {"_component_": "pact_tune.chat_dataset", "source": "???", "n": STEPS * BATCH, "max_seq_len": 1024},

@@ -30,8 +30,8 @@ def from_checkpoint(
     lora_attn_modules: list[LORA_ATTN_MODULES] = (),
     apply_lora_to_mlp: bool = False,
     apply_lora_to_output: bool = False,
-    lora_rank: int = 8,
-    lora_alpha: float = 16,
+    lora_rank: int | None = None,
+    lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     use_dora: bool = False,
     quantize_base: bool = False,
@@ -47,8 +47,8 @@ def from_checkpoint(
         lora_attn_modules (list[LORA_ATTN_MODULES]): of "q_proj", "k_proj", "v_proj", "output_proj".
         apply_lora_to_mlp (bool): LoRA on the three linear layers of each feed-forward.
         apply_lora_to_output (bool): LoRA on the head; a tied head takes none.
-        lora_rank (int): r.
-        lora_alpha (float): LoRA is scaled by alpha / r.
+        lora_rank (int | None): r; needed where there is LoRA.
+        lora_alpha (float | None): LoRA is scaled by alpha / r; needed where there is LoRA.
         lora_dropout (float): on LoRA's input.
         use_dora (bool): DoRA instead of LoRA.
         quantize_base (bool): linear layers of the decoder in NF4 (QLoRA).
@@ -62,10 +62,15 @@ def from_checkpoint(
     """
     network = network_at(path)
     adapters = bool(lora_attn_modules or apply_lora_to_mlp or apply_lora_to_output)
-    if quantize_base and not adapters:
-        raise UserError("model.quantize_base needs an adapter to train: name layers in model.lora_attn_modules.")
-    if use_dora and not adapters:
-        raise UserError("model.use_dora needs layers to put it on: name them in model.lora_attn_modules.")
+    given = [key for key, value in (("lora_rank", lora_rank), ("lora_alpha", lora_alpha)) if value is not None]
+    others = [key for key, value in (("use_dora", use_dora), ("quantize_base", quantize_base)) if value]
+    if not adapters and (unused := [*given, *others]):
+        raise UserError(
+            f"model.{unused[0]} needs layers with an adapter: name them in model.lora_attn_modules, or leave all keys of LoRA "
+            "out to train all weights."
+        )
+    if adapters and len(given) < 2:
+        raise UserError("model.lora_rank and model.lora_alpha must both be given where layers have an adapter.")
     if apply_lora_to_output and network.tied:
         raise UserError("model.apply_lora_to_output: this model's head is its embedding (tied) and takes no LoRA.")
     lora = {"rank": lora_rank, "alpha": lora_alpha, "dropout": lora_dropout}
