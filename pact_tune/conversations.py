@@ -149,7 +149,13 @@ def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message],
     """The chat as text; with ``header`` it ends with the header of the assistant turn to come."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header, date_string=DATE)
-    except jinja2.TemplateError as error:
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # templates are programs
         raise RejectedChat(f"The chat template does not take this chat: {one_line(error)}.") from error
 
 
@@ -206,9 +212,9 @@ def render_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) ->
         list[Conversation]: one or, of a template that rewrites, several; none when there is no response.
 
     Raises:
-        UserError: the template ignores ``add_generation_prompt``, so that its header would be trained.
         RejectedChat: the template does not take this chat (an order of roles, a system message), drops or changes its
-            texts, or the chat begins with the assistant.
+            texts, ignores ``add_generation_prompt``, so that its header would be trained, or the chat begins with the
+            assistant.
     """
     conversations: list[Conversation] = []
     tokens: list[int] = []  # up to the end of the last response
@@ -253,7 +259,7 @@ def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt:
     around = _apply_template(tokenizer, [*messages[:-1], {**messages[-1], "content": PLACEHOLDER}], header=False)
     before, _, after = around.removeprefix(prompt).rpartition(PLACEHOLDER)
     if before.strip() and prompt == _apply_template(tokenizer, messages[:-1], header=False):
-        raise UserError(
+        raise RejectedChat(
             f"The chat template ignores add_generation_prompt: it begins an answer with {before!r} but does not prompt for "
             "one with it, so the header would be trained; use a template that writes it for add_generation_prompt=True."
         )

@@ -261,9 +261,8 @@ def test_a_chat_whose_text_is_not_in_its_rendering_is_rejected(tmp_path, change,
 def test_a_template_that_ignores_the_generation_prompt_is_refused(tmp_path):
     """It would have its header trained; one without any header (Mistral's) has nothing to ignore."""
     ignoring = CHAT_TEMPLATE.split("{%- if add_generation_prompt")[0]
-    with pytest.raises(UserError, match=r"ignores add_generation_prompt.*'<\|im_start\|>assistant\\n'") as error:
+    with pytest.raises(RejectedChat, match=r"ignores add_generation_prompt.*'<\|im_start\|>assistant\\n'"):
         render(of_template(tmp_path / "ignoring", ignoring), CHATS["one turn"])
-    assert not isinstance(error.value, RejectedChat)
     mistral = (
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
         "{% else %}{{ ' ' + m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
@@ -383,6 +382,15 @@ def test_a_chat_that_the_template_does_not_take_is_rejected(tmp_path, messages, 
     if messages[0] is SYSTEM:
         with pytest.raises(RejectedChat, match=why):
             render_prompt(tokenizer, [SYSTEM, USER])
+
+
+def test_a_template_that_stumbles_over_a_chat_rejects_it(tmp_path):
+    """DeepSeek's takes the arguments of a tool call for text."""
+    stumbling = "{% for m in messages %}{% for c in m['tool_calls'] or [] %}{{ 'x' + c['function']['arguments'] }}{% endfor %}{% endfor %}"
+    tokenizer = of_template(tmp_path, stumbling + CHAT_TEMPLATE)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    with pytest.raises(RejectedChat, match="does not take this chat: can only concatenate str"):
+        render(tokenizer, [USER, call, {"role": "tool", "content": "3"}, ANSWER])
 
 
 # Tokenizers ----------------------------------------------------------------------------------------------------------

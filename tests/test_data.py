@@ -12,6 +12,7 @@ from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 from pact_tune import UserError, chat_dataset, load_tokenizer
 from pact_tune.conversations import render
+from pact_tune.prompts import column, read_prompts
 from pact_tune.rows import read_rows
 
 PAIRS = [("What is 1 plus 2?", "3"), ("What is 2 plus 2?", "4"), ("What is 3 plus 2?", "5")]
@@ -569,6 +570,18 @@ def test_n_counts_rows_that_can_be_used(tokenizer, tmp_path):
     message = error_of(tokenizer, source, n=11)
     assert message.startswith(f"11 rows of '{source}' are asked for, but only 10 are usable")
     assert "10 without a response" in message
+
+
+def test_prompts_are_texts_numbers_or_parts(tmp_path):
+    path = tmp_path / "prompts.jsonl.gz"
+    values = ["Hi", 7, [{"type": "text", "text": "Bye"}]]
+    path.write_bytes(gzip.compress("".join(json.dumps({"prompt": value}) + "\n" for value in values).encode()))
+    assert column(read_prompts(path), "prompt", path) == ["Hi", "7", "Bye"]
+    for value in (None, " ", True, "a \ud800 b"):
+        write = tmp_path / "bad.jsonl"
+        write.write_text(json.dumps({"prompt": "Hi"}) + "\n" + json.dumps({"prompt": value}) + "\n")
+        with pytest.raises(UserError, match="Row 2 of .* has no text in column 'prompt': mend or remove the row"):
+            column(read_prompts(write), "prompt", write)
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
