@@ -31,7 +31,7 @@ def cannot_load(what: str, where: object, error: Exception, mend: str = "") -> U
     return UserError(f"The {what} in '{where}' could not be loaded{mend} ({one_line(error)}).")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an exception says, as one line without a full stop, cut to 200 characters, to stand inside a message."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= 200 else text[:199] + "…").rstrip(".")

@@ -18,10 +18,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from pact_tune import hub
+from pact_tune import hub, log
 from pact_tune.batching import batches_by_length
 from pact_tune.conversations import encode, end_of_turn, load_tokenizer, render, render_prompt, tokenizer_fingerprint
 from pact_tune.errors import UserError, cannot_load, unknown_key
@@ -618,6 +617,6 @@ def _all_reduce(run: _Run, sums: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _bar(run: _Run, total: int, description: str) -> Iterator[tqdm]:
-    with tqdm(total=total, desc=description, unit="prompt", disable=not run.progress or not total) as bar:
+def _bar(run: _Run, total: int, description: str) -> Iterator[log.Bar]:
+    with log.progress(total=total, desc=description, unit="prompt", disable=not run.progress or not total) as bar:
         yield bar

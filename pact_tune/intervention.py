@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from pact_tune import hub
 from pact_tune.conversations import load_tokenizer, render_prompt, special_ids
 from pact_tune.errors import UserError
 from pact_tune.generation import decode, end_tokens, generate, generation_batches, generation_config, load_model
+from pact_tune.log import progress
 from pact_tune.safety_tokens import REFUSAL_TEMPLATES, SafetyTokens
 
 BOOST = 5.0  # the paper's alpha
@@ -141,7 +141,7 @@ class Answerer:
         encoded = [render_prompt(self.tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
         answers: dict[int, tuple[str, bool]] = {}
         first: dict[int, torch.Tensor] = {}
-        with tqdm(total=len(prompts), desc=description, unit="prompt", disable=not self.progress) as bar:
+        with progress(total=len(prompts), desc=description, unit="prompt", disable=not self.progress) as bar:
             for batch in generation_batches(encoded, self.config.max_new_tokens, self.tokens_per_batch):
                 seen = _FirstProbabilities()
                 processors = [seen] if processor is None else [processor, seen]

@@ -19,7 +19,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from tqdm import tqdm
@@ -96,7 +96,7 @@ def progress(
     unit_scale: bool = False,
     leave: bool = True,
     disable: bool = False,
-) -> "tqdm[Any] | Lines":
+) -> "Bar":
     """A progress bar on a terminal, a line every 30 seconds elsewhere, and nothing on ranks other than 0.
 
     Args:
@@ -143,7 +143,7 @@ class Lines:
         unit_scale: bool,
     ) -> None:
         self.iterable, self.desc, self.unit, self.initial, self.unit_scale = iterable, desc, unit, initial, unit_scale
-        self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total
+        self.total = len(iterable) if total is None and isinstance(iterable, Sized) else total
         self.n = initial
         self.postfix = ""
         self.started = self.said = time.monotonic()
@@ -194,3 +194,6 @@ class Lines:
                 bar_format=LINE if self.total else LINE_WITHOUT_TOTAL,
             )
         )
+
+
+Bar = tqdm | Lines

@@ -416,7 +416,7 @@ def warn_of_ties(values: torch.Tensor, k: int) -> None:
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
     """The text of each id of ``ids`` ``[K]`` on its own; the vocabulary's own piece where that is nothing ("▁")."""
-    return [tokenizer.decode([i]) or tokenizer.convert_ids_to_tokens(i) or "" for i in ids.tolist()]
+    return [tokenizer.decode([i]) or str(tokenizer.convert_ids_to_tokens(i) or "") for i in ids.tolist()]
 
 
 def safety_tokens_from_templates(
@@ -441,8 +441,8 @@ def safety_tokens_from_templates(
     special = special_ids(tokenizer)
     counts: dict[int, int] = {}
     for template in templates:
-        ids = set(encode(tokenizer, template)) | set(encode(tokenizer, " " + template))
-        for token in sorted(ids - special):
+        used = set(encode(tokenizer, template)) | set(encode(tokenizer, " " + template))
+        for token in sorted(used - special):
             if any(c.isalpha() for c in tokenizer.decode([token])):
                 counts[token] = counts.get(token, 0) + 1
     if not counts:
