@@ -200,19 +200,62 @@ def _gate(
     return gate * torch.exp(-(position.to(gate.dtype) - config.decay_start).clamp(min=0) / config.tau)
 
 
-def str_loss(student: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """STR (arXiv 2604.17210), our reading of its abstract: squared difference of the refusal tokens' raw logits.
+StrSpace = Literal["logit", "logprob", "centered"]
 
-    Raw logits are not shift-invariant: a constant added to all of them leaves the softmax as it is and is penalised.
+
+def str_loss(student: torch.Tensor, reference: torch.Tensor, space: StrSpace = "logit") -> torch.Tensor:
+    """STR (arXiv 2604.17210), our reading of its abstract: squared difference of the refusal tokens' logits.
+
+    Raw logits are not shift-invariant: a constant added to all of them leaves the softmax as it is and is penalised. The
+    other two spaces are.
 
     Args:
-        student (torch.Tensor): logits of the model in training on S, ``[T, K]``.
-        reference (torch.Tensor): logits of the frozen aligned model in the same context, ``[T, K]``.
+        student (torch.Tensor): logits of the model in training on S, ``[T, K]``; for "logprob" ``[T, K+1]``, the last column
+            being the log-sum-exp of the logits outside S, which gives the normaliser.
+        reference (torch.Tensor): those of the frozen aligned model in the same context, same shape.
+        space (StrSpace): compare raw logits, log-probabilities, or logits less their mean on S.
 
     Returns:
         torch.Tensor: per token, mean over S, ``[T]``.
     """
-    return (at_least_float32(student) - at_least_float32(reference)).square().mean(-1)
+    one, other = (_in_space(at_least_float32(columns), space) for columns in (student, reference))
+    return (one - other).square().mean(-1)
+
+
+def _in_space(columns: torch.Tensor, space: StrSpace) -> torch.Tensor:
+    if space == "logprob":
+        return columns.log_softmax(-1)[:, :-1]
+    return columns - columns.mean(-1, keepdim=True) if space == "centered" else columns
+
+
+def kl_divergence(student: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL(reference || student) of two categorical distributions; no gradient flows into the reference.
+
+    Args:
+        student (torch.Tensor): logits of the model in training, ``[T, C]``.
+        reference (torch.Tensor): logits of the frozen aligned model, same shape.
+
+    Returns:
+        torch.Tensor: per token, ``[T]``, nats.
+    """
+    log_p = at_least_float32(student).log_softmax(-1)
+    log_q = reference.detach().to(log_p.dtype).log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def probability_weighted_loss(label_logprobs: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy times the label's probability, which is a constant here (the first term of arXiv 2509.23753).
+
+    What the student finds unlikely is learned slowly: the gradient is that of ``-p`` and not of ``-log p``.
+
+    Args:
+        label_logprobs (torch.Tensor): the student's log-probability of the true next token, ``[T]``, nats.
+
+    Returns:
+        torch.Tensor: per token, ``[T]``, nats.
+    """
+    logprobs = at_least_float32(label_logprobs)
+    return -logprobs.detach().exp() * logprobs
 
 
 def constrained_sft_betas(

@@ -237,3 +237,58 @@ def test_the_tail_after_steps_equals_the_equations(workspace, tmp_path):
         return torch.nn.functional.cross_entropy(student, labels, reduction="sum") + 3.0 * kl
 
     assert_naive(recipe, naive)
+
+
+def config_with(loss: dict, workspace: Path, folder: Path) -> Path:
+    """The workspace's config with another section loss."""
+    cfg = OmegaConf.load(workspace)
+    cfg.loss = loss
+    OmegaConf.save(cfg, folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+def moved(loss: dict, workspace: Path, folder: Path) -> pact_lora_finetune.PACTLoRAFinetuneRecipe:
+    """A recipe with that loss after twenty steps."""
+    config = config_with(loss, workspace, folder)
+    return recipe_after(config, 20, output_dir=str(folder / "out"), optimizer={"lr": 3e-3})
+
+
+def test_anchored_sft_after_twenty_steps(workspace, tmp_path):
+    """-p log p with p constant, and KL(reference || student) over the whole vocabulary."""
+    loss = {"_component_": "pact_tune.objectives.anchored_sft", "lambda_kl": 0.7}
+    recipe = moved(loss, workspace, tmp_path)
+
+    def naive(student, reference, labels, position):
+        p = student.softmax(-1)[torch.arange(len(labels)), labels]
+        q = reference.softmax(-1)
+        kl = (q * (q / student.softmax(-1)).log()).sum()
+        assert kl > 1e-2
+        return -(p.detach() * p.log()).sum() + 0.7 * kl
+
+    assert_naive(recipe, naive)
+
+
+@pytest.mark.parametrize("space", ["logit", "logprob", "centered"])
+def test_str_after_twenty_steps(workspace, tmp_path, space):
+    """Mean squared difference on the refusal tokens; a constant added to all logits counts in raw space alone."""
+    tokens = str(workspace.parent / "safety_tokens")
+    loss = {
+        "_component_": "pact_tune.objectives.str_",
+        "safety_tokens": tokens,
+        "lambda_str": 0.5,
+        "space": space,
+    }
+    recipe = moved(loss, workspace, tmp_path)
+    ids = recipe.objective.reading.ids
+
+    def seen(logits):
+        if space == "logprob":
+            return logits.log_softmax(-1)[:, ids]
+        return logits[:, ids] - (logits[:, ids].mean(-1, keepdim=True) if space == "centered" else 0)
+
+    def naive(student, reference, labels, position):
+        difference = (seen(student) - seen(reference)).square().mean(-1).sum()
+        assert difference > 1e-2
+        return torch.nn.functional.cross_entropy(student, labels, reduction="sum") + 0.5 * difference
+
+    assert_naive(recipe, naive)
