@@ -76,9 +76,16 @@ Keys = Annotated[dict[str, Any], Field(description="a section of keys")]
 
 @dataclass(frozen=True)
 class Fields:
-    """Says that a function's ``**settings`` are the fields of a dataclass: ``**settings: Annotated[Any, Fields(PACTConfig)]``."""
+    """Says what a function's ``**settings`` are: ``**settings: Annotated[Any, Fields(PACTConfig)]``.
+
+    Attributes:
+        of (type): a dataclass, whose fields they are.
+        make (Callable | None): called with those of the keys that it takes, raises UserError where they contradict each
+            other; None where the fields can be anything together.
+    """
 
     of: type
+    make: Callable[..., Any] | None = None
 
 
 # Parameters by the names that libraries (torch.optim, torchtune) give them, with a type at best, and never a range.
@@ -167,35 +174,49 @@ class Parameter(NamedTuple):
     required: bool
 
 
-def parameters(component: Callable[..., Any]) -> dict[str, Parameter] | None:
+class Signature(NamedTuple):
+    """The keys that something takes, and whether it takes others beside them."""
+
+    keys: dict[str, Parameter]
+    others: bool
+
+
+def signature_of(component: Callable[..., Any]) -> Signature:
     """The keys that something takes, with their types.
 
     Args:
         component (Callable): a function, a class or a dataclass.
 
     Returns:
-        dict[str, Parameter] | None: by name; None where it takes any key, or does not tell.
+        Signature: by name.
     """
     try:
         signature = inspect.signature(component)
     except (TypeError, ValueError):  # written in C
-        return None
+        return Signature({}, True)
     hints = _hints(component)
-    found: dict[str, Parameter] = {}
+    keys: dict[str, Parameter] = {}
+    others = False
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             continue
         annotation = hints.get(name, Any)
         if parameter.kind is parameter.VAR_KEYWORD:
-            fields = [mark.of for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Fields)]
-            if not fields:
-                return None
-            found |= parameters(fields[0]) or {}
+            fields = _fields(annotation)
+            if fields is None:
+                others = True
+            else:
+                keys |= signature_of(fields.of).keys
             continue
         if name in LIBRARY and not hasattr(annotation, "__metadata__"):
             annotation = _bounded(annotation, LIBRARY[name])
-        found[name] = Parameter(annotation, parameter.default is parameter.empty)
-    return found
+        keys[name] = Parameter(annotation, parameter.default is parameter.empty)
+    return Signature(keys, others)
+
+
+def _fields(annotation: Any) -> Fields | None:
+    marks = (mark for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Fields))
+    return next(marks, None)
 
 
 def _hints(component: Callable[..., Any]) -> dict[str, Any]:
@@ -219,7 +240,7 @@ def check(
     """Everything that is wrong with a section.
 
     Args:
-        component (Callable): what takes its keys; see :func:`parameters`.
+        component (Callable): what takes its keys; see :func:`signature_of`.
         values (Mapping[str, Any]): the keys, as YAML or JSON would hold them.
         where (str): the section's name in the config; "" at the top.
         given (Iterable[str]): parameters that do not come from the section.
@@ -227,12 +248,14 @@ def check(
     Returns:
         list[str]: a sentence each, which names the key and what it must be; empty when all is right.
     """
-    known = parameters(component)
-    if known is None:
-        return []
-    known = {name: parameter for name, parameter in known.items() if name not in given}
+    signature = signature_of(component)
+    known = {name: parameter for name, parameter in signature.keys.items() if name not in given}
     place = f"section '{where}'" if where else "the config"
-    problems = [str(unknown_key(str(key), known, place)) for key in values if key not in known]
+    problems = [
+        str(unknown_key(str(key), known, place))
+        for key in values
+        if key not in signature.keys and (not signature.others or _nearest(key, list(known)))  # a slip, if it is near
+    ]
     for name, parameter in known.items():
         key = f"{where}.{name}" if where else name
         if name not in values:
@@ -245,7 +268,19 @@ def check(
             convert(parameter.annotation, values[name])
         except ValidationError:
             problems.append(refusal(key, values[name], parameter.annotation))
-    return problems
+    return problems or _contradictions(component, values)
+
+
+def _contradictions(component: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with keys that are right one by one, as far as ``**settings`` tell (:class:`Fields`)."""
+    hints = _hints(component)
+    for make in (fields.make for hint in hints.values() if (fields := _fields(hint)) and fields.make):
+        taken = signature_of(make).keys
+        try:
+            make(**{key: value for key, value in values.items() if key in taken})
+        except UserError as error:
+            return [str(error)]
+    return []
 
 
 def settings(
@@ -254,7 +289,7 @@ def settings(
     """The keys of a section, checked.
 
     Args:
-        component (Callable): what takes them; see :func:`parameters`.
+        component (Callable): what takes them; see :func:`signature_of`.
         values (Mapping[str, Any]): the keys.
         where (str): the section's name.
         given (Iterable[str]): parameters that do not come from the section.
@@ -266,7 +301,7 @@ def settings(
         UserError: all that is wrong, see :func:`check`.
     """
     refuse(check(component, values, where, given))
-    known = parameters(component) or {}
+    known = signature_of(component).keys
     return {key: _plain(known[key].annotation, value) if key in known else value for key, value in values.items()}
 
 

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 import pact_tune.configs
 import pact_tune.demo
-from pact_tune.config import RecipeSettings, ReferenceCacheSettings, Section, check, defaults, parameters, refuse
+from pact_tune.config import RecipeSettings, ReferenceCacheSettings, Section, check, defaults, refuse, signature_of
 from pact_tune.errors import UserError, unknown_key
 
 CONFIG_ROOT = Path(pact_tune.configs.__file__).parent
@@ -161,9 +161,9 @@ def lay_over(cfg: DictConfig, overlay: DictConfig, method: str) -> DictConfig:
 
 
 def _of_the_model(old: DictConfig, component: str) -> dict[str, Any]:
-    known = parameters(find_component("loss", component))
+    known = signature_of(find_component("loss", component)).keys
     content = OmegaConf.to_container(old)
-    return {key: content[key] for key in OF_THE_MODEL if key in content and (known is None or key in known)}
+    return {key: content[key] for key in OF_THE_MODEL if key in content and key in known}
 
 
 def override(cfg: DictConfig, word: str) -> DictConfig:
@@ -195,7 +195,10 @@ def override(cfg: DictConfig, word: str) -> DictConfig:
             change = OmegaConf.from_dotlist([f"{key}._component_={value}"])
         return OmegaConf.merge(cfg, change)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"'{word}' on the command line cannot be read: {_first_line(error)}") from error
+        raise UserError(
+            f"'{word}' on the command line cannot be read ({_first_line(error)[:-1]}): write the value as YAML has it, a text "
+            "with brackets or colons in quotes."
+        ) from error
 
 
 def _node(cfg: DictConfig, key: str) -> Any:
@@ -272,9 +275,10 @@ def complete(cfg: DictConfig) -> DictConfig:
         UserError: everything that is wrong: keys that nobody reads, that are missing, that are not what they must be, or
             that contradict each other.
     """
-    values = _resolved(cfg)
-    problems = check(RecipeSettings, values)
-    for name, parameter in (parameters(RecipeSettings) or {}).items():
+    values, unresolved = _resolved(cfg)
+    problems = check(RecipeSettings, values, given=unresolved)
+    problems += [f"{key} cannot be resolved: {reason}" for key, reason in unresolved.items()]
+    for name, parameter in signature_of(RecipeSettings).keys.items():
         section = values.get(name)
         if isinstance(section, dict) and parameter.annotation in (Section, Section | None):
             problems += check_section(name, section)
@@ -299,20 +303,19 @@ def contradictions(values: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _resolved(cfg: DictConfig) -> dict[str, Any]:
-    """All keys as plain values, references to other keys resolved; each that leads nowhere is reported once."""
+def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """All keys as plain values, references to other keys resolved; and those that lead nowhere, with the reason."""
     values: dict[str, Any] = {}
-    problems: dict[str, str] = {}
-    for key in sorted(cfg, key=lambda key: OmegaConf.is_config(cfg._get_node(key))):  # sections refer to plain keys
+    unresolved: dict[str, str] = {}
+    for key in cfg:
         try:
             value = cfg[key]
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
             values[str(key)] = value
         except (OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
-            problems.setdefault(_first_line(error), str(key))
-    refuse(f"{key} cannot be resolved: {reason}" for reason, key in problems.items())
-    return {str(key): values[str(key)] for key in cfg}
+            unresolved[str(key)] = _first_line(error)
+    return values, unresolved
 
 
 def find_component(name: str, path: Any) -> Callable[..., Any]:

@@ -1,0 +1,272 @@
+"""Bad configs: every key of shipped configs times every kind of fault, and the sentence that each yields.
+
+    python -m tests.campaign.bad_configs [--output TABLE.md] [--runs N]
+
+Each input goes through what the recipe does with its command line, and then through what `pact validate` builds; N of
+them, evenly spread, also through `tune run` in a process of its own. Counted are
+
+    right      refused with a sentence that names the key and the mend, or taken where that value means something
+    traceback  any other exception, or a sentence without the key or the mend
+    silent     taken although no run can mean it
+
+What a key may be is written down here by hand (MEANINGFUL), and not read from the schema: it is what the schema is
+compared with.
+"""
+
+import argparse
+import copy
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pact_tune.errors import UserError
+from pact_tune.tools.configs import check
+from pact_tune.torchtune.config import find_config, read_command_line
+
+CONFIGS = ("demo/pact_lora", "qwen2_5/0.5B_pact_lora", "llama3_1/8B_pact_lora")
+MENDS = (
+    "must be",
+    "give ",
+    "takes ",
+    "did you mean",
+    "valid keys:",
+    "lacks",
+    "needs",
+    "set ",
+    "write ",
+    "cannot be imported",
+    "save it",
+)
+KINDS: dict[str, Any] = {
+    "null": None,
+    "negative": -3,
+    "zero": 0,
+    "nan": math.nan,
+    "infinity": math.inf,
+    "huge": 10**30,
+    "text": "abc",
+    "number": 2.5,
+    "list": [1, "a"],
+    "section": {"a": 1},
+    "bool": True,
+}
+# Kinds that mean something, by key, or by key without its section.
+NULLABLE = ("max_steps_per_epoch", "clip_grad_norm", "lr_scheduler", "reference_cache",
+            "reference_cache.directory", "max_gb", "save_every_n_steps", "dataset.n", "dataset.max_seq_len", "loss.k", "fused",
+            "dataset.mix", "model_type", "dataset.name", "columns", "system")  # fmt: skip
+FLAGS = ("resume_from_checkpoint", "shuffle", "batch_by_length", "packed", "enable_activation_checkpointing", "compile",
+         "lazy", "fsdp_reshard_after_forward", "log_peak_memory_stats", "save_adapter_weights_only",
+         "apply_lora_to_mlp", "apply_lora_to_output", "tie_word_embeddings", "use_dora", "quantize_base", "fused",
+         "template_fallback")  # fmt: skip
+WORDS = ("output_dir", "checkpoint_dir", "tokenizer.path", "checkpointer.output_dir", "source", "split", "log_dir",
+         "directory", "safety_tokens")  # fmt: skip
+ZERO = ("seed", "weight_decay", "lora_dropout", "num_warmup_steps", "lambda_kl", "fraction")
+MEANINGFUL: dict[str, tuple[str, ...]] = {
+    "null": NULLABLE,
+    "zero": ZERO,
+    "bool": FLAGS,
+    "text": WORDS,
+    "number": ("lr", "weight_decay", "lambda_kl", "clip_grad_norm", "lora_alpha", "max_gb", "rope_base"),
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One fault: a config in which one thing is not right."""
+
+    config: str
+    key: str
+    kind: str
+    text: str  # what was written, for the table
+    content: str  # of the YAML file
+    overrides: tuple[str, ...] = ()
+    meaningful: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of it: "right", "traceback" or "silent", and what was said."""
+
+    verdict: str
+    said: str
+
+
+def leaves(section: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all keys, sections included."""
+    for key, value in section.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+
+
+def changed(content: dict[str, Any], key: str, value: Any = None, rename: str | None = None, drop: bool = False) -> str:
+    """The YAML of a config in which one key has another value, another name, or is gone."""
+    content = copy.deepcopy(content)
+    *parents, last = key.split(".")
+    section = content
+    for parent in parents:
+        section = section[parent]
+    if drop:
+        del section[last]
+    elif rename is not None:
+        section[rename] = section.pop(last)
+    else:
+        section[last] = value
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def listed(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a key is among names that are written with or without its section."""
+    return key in names or key.rsplit(".", 1)[-1] in names
+
+
+def of_key(config: str, content: dict[str, Any], key: str, seen: set[tuple[str, str]]) -> Iterator[Input]:
+    """All faults of one key, those left out that another config has shown already."""
+    last = key.rsplit(".", 1)[-1]
+    for kind, value in KINDS.items():
+        if (key, kind) in seen:
+            continue
+        seen.add((key, kind))
+        meaningful = listed(key, MEANINGFUL.get(kind, ()))
+        text = "null" if value is None else str(value)
+        if kind == "section" and isinstance(_at(content, key), dict):
+            continue  # a section of unknown keys is what "misspelt" shows
+        yield Input(config, key, kind, f"{key}: {text}", changed(content, key, value), (), meaningful)
+        if kind in ("null", "negative", "nan", "text", "huge"):
+            word = f"{key}={'.nan' if kind == 'nan' else text}"
+            plain = yaml.safe_dump(content, sort_keys=False)
+            yield Input(config, key, f"{kind} (command line)", word, plain, (word,), meaningful)
+    if (key, "misspelt") not in seen and last != "_component_":
+        seen.add((key, "misspelt"))
+        typo = last[:-2] + last[-1] + last[-2] if len(last) > 2 and last[-1] != last[-2] else last + "x"
+        yield Input(config, key, "misspelt", f"{typo}: ...", changed(content, key, rename=typo))
+        yield Input(config, key, "~misspelt", f"~{key}x", yaml.safe_dump(content, sort_keys=False), (f"~{key}x",))
+
+
+def _at(content: dict[str, Any], key: str) -> Any:
+    value: Any = content
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def inputs(configs: tuple[str, ...] = CONFIGS) -> list[Input]:
+    """Every key times every kind, and words of the command line that are no overrides."""
+    found: list[Input] = []
+    seen: set[tuple[str, str]] = set()
+    for config in configs:
+        text = find_config(config).read_text()
+        content = yaml.load(text, _Loader)
+        for key in leaves(content):
+            found += of_key(config, content, key, seen)
+    for word in (
+        "epochs",
+        "=3",
+        "epochs 3",
+        "+epochs=3",
+        "-epochs=3",
+        "--epochs=3",
+        "a..b=1",
+        "~",
+        "~=",
+        ".=1",
+        "x=[1",
+    ):
+        key = "epochs" if "epochs" in word else word
+        found.append(Input(configs[0], key, "no override", word, find_config(configs[0]).read_text(), (word,)))
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML, but 1e-3 is a number as it is for OmegaConf."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def judge(case: Input, folder: Path) -> Outcome:
+    """Runs one input, in this process, as far as the recipe checks before anything is loaded."""
+    path = folder / "config.yaml"
+    path.write_text(case.content)
+    try:
+        cfg = read_command_line(["--config", str(path), *case.overrides])
+        check(cfg)
+    except UserError as error:
+        said = str(error)
+        names_key = case.key.rsplit(".", 1)[-1] in said or case.text in said
+        if case.meaningful:
+            return Outcome("refused", said)
+        good = names_key and any(mend in said for mend in MENDS)
+        return Outcome("right" if good else "traceback", said)
+    except BaseException as error:
+        return Outcome("traceback", f"{type(error).__name__}: {error}")
+    return Outcome("right" if case.meaningful else "silent", "(taken)")
+
+
+def judge_run(case: Input, folder: Path) -> Outcome:
+    """The same through `tune run`, in a process of its own; nothing may be left of it."""
+    path = folder / "config.yaml"
+    path.write_text(case.content)
+    before = sorted(folder.iterdir())
+    tune = Path(sys.executable).parent / "tune"
+    words = [str(tune), "run", "pact_lora_finetune", "--config", str(path), *case.overrides]
+    process = subprocess.run(words, capture_output=True, text=True, cwd=folder, timeout=300)
+    said = process.stderr.strip()
+    if process.returncode == 0:
+        return Outcome("silent", said)
+    good = "Traceback" not in said and "pact_lora_finetune: " in said and sorted(folder.iterdir()) == before
+    return Outcome("right" if good else "traceback", said.splitlines()[-1] if good else said)
+
+
+def table(results: list[tuple[Input, Outcome]]) -> str:
+    """Markdown, the wrong ones first."""
+    order = {"traceback": 0, "silent": 1, "refused": 2, "right": 3}
+    lines = ["| verdict | config | kind | input | said |", "|---|---|---|---|---|"]
+    for case, outcome in sorted(results, key=lambda result: order[result[1].verdict]):
+        cells = (outcome.verdict, case.config, case.kind, case.text[:80], outcome.said[:400])
+        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the campaign; exit code 1 when anything was not right."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="a table of all inputs and what each yields")
+    parser.add_argument("--runs", type=int, default=12, help="of the refused ones, how many go through `tune run` too")
+    args = parser.parse_args(argv)
+    cases = inputs()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        results = [(case, judge(case, folder)) for case in cases]
+        refused = [case for case, outcome in results if outcome.said != "(taken)"]
+        sample = refused[:: max(1, len(refused) // args.runs)][: args.runs] if args.runs else []
+        results += [(case, judge_run(case, folder)) for case in sample]
+    if args.output:
+        args.output.write_text(table(results))
+        print(f"All inputs and their sentences: {args.output}")
+    counts = Counter(outcome.verdict for _, outcome in results)
+    wrong = [(case, outcome) for case, outcome in results if outcome.verdict != "right"]
+    for case, outcome in wrong[:40]:
+        print(f"{outcome.verdict}: {case.config}, {case.text[:60]} ({case.kind}): {outcome.said[:200]}")
+    print(
+        f"bad configs: {len(results)} tried ({len(sample)} through `tune run`), {counts['right']} right, "
+        f"{counts['traceback']} traceback, {counts['silent']} silent, {counts['refused']} refused without need"
+    )
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
