@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench campaign clean
 
 demo: .venv/installed
 	$(BIN)/pact demo
@@ -13,6 +13,9 @@ test: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+campaign: .venv/installed
+	$(BIN)/python -m tests.campaign.bad_configs
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.step

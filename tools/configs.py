@@ -159,7 +159,7 @@ def load(name: str | Path, overrides: Sequence[str] = (), methods: Sequence[str]
 
 
 def check(cfg: DictConfig) -> nn.Module:
-    """Builds every component that needs no data: the model, the loss and the optimizer.
+    """Builds the model and the optimizer and, where the checkpoint is there, compares them with it; reads no weights.
 
     Args:
         cfg (DictConfig): a complete config.
@@ -172,9 +172,10 @@ def check(cfg: DictConfig) -> nn.Module:
     """
     problems: list[str] = []
     model = _built(problems, lambda: _model(cfg))
-    _built(problems, lambda: config.instantiate(cfg.loss))
     if model is not None:
         _built(problems, lambda: _optimizer(cfg, model))
+    if cfg.checkpoint_dir is not None and Path(cfg.checkpoint_dir).is_dir():
+        _built(problems, lambda: _checkpoint(cfg, model))
     refuse(problems)
     return model
 
@@ -195,6 +196,14 @@ def _model(cfg: DictConfig) -> nn.Module:
     if lora.modules(model):
         set_trainable_params(model, get_adapter_params(model))
     return model
+
+
+def _checkpoint(cfg: DictConfig, model: nn.Module | None) -> None:
+    """Compares the checkpoint's config.json and the shapes of its weights with the model, and loads its tokenizer."""
+    checkpointer = config.instantiate(cfg.checkpointer)
+    if model is not None:
+        checkpointer.check(model)
+    config.instantiate(cfg.tokenizer)
 
 
 def _optimizer(cfg: DictConfig, model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -22,6 +22,7 @@ from pact_tune.adapters import (
     read_adapter,
     write_adapter,
 )
+from pact_tune.config import PathText
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.families import Network, rope_scaling, rounded
 from pact_tune.files import atomic_folder
@@ -139,7 +140,11 @@ class HFCheckpointer:
     """
 
     def __init__(
-        self, checkpoint_dir: str, output_dir: str, model_type: str | None = None, adapter: str | None = None
+        self,
+        checkpoint_dir: PathText,
+        output_dir: PathText,
+        model_type: Literal["QWEN2", "LLAMA3", "LLAMA3_2", "GEMMA2"] | None = None,
+        adapter: PathText | None = None,
     ) -> None:
         if model_type is not None and model_type not in MODEL_TYPES:
             raise unknown_key(model_type, MODEL_TYPES, "checkpointer.model_type")

@@ -277,7 +277,9 @@ def complete(cfg: DictConfig) -> DictConfig:
     """
     values, unresolved = _resolved(cfg)
     problems = check(RecipeSettings, values, given=unresolved)
-    problems += [f"{key} cannot be resolved: {reason}" for key, reason in unresolved.items()]
+    plain = sorted(unresolved, key=lambda key: OmegaConf.is_config(cfg._get_node(key)))  # sections refer to plain keys
+    reasons = {unresolved[key]: key for key in reversed(plain)}  # one key a reason: the others refer to that one
+    problems += [f"{key} cannot be resolved: {reason}" for reason, key in reasons.items()]
     for name, parameter in signature_of(RecipeSettings).keys.items():
         section = values.get(name)
         if isinstance(section, dict) and parameter.annotation in (Section, Section | None):
