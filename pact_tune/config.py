@@ -71,7 +71,6 @@ PathText = Annotated[
     Field(description="the path of a file or folder"),
 ]
 Section = Annotated[dict[str, Any], Field(description="a section with a _component_ that says what to build")]
-Keys = Annotated[dict[str, Any], Field(description="a section of keys")]
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,19 @@ class Fields:
 
     of: type
     make: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixSettings:
+    """Section ``mix`` of a dataset, or an item of a list of them; see :func:`pact_tune.chat_dataset`."""
+
+    source: Text | list[Text]
+    fraction: Annotated[Number, Field(ge=0, lt=1)]
+    name: Text | None = None
+    split: Text | None = None
+    columns: dict[str, Any] | None = None
+    ce_weight: Weight = 1.0
+    constraint_weight: Weight = 1.0
 
 
 # Parameters by the names that libraries (torch.optim, torchtune) give them, with a type at best, and never a range.
@@ -112,6 +124,9 @@ LIBRARY: dict[str, Any] = {
     "norm_eps": Annotated[Number, Field(gt=0, le=1)],
     "rope_base": Positive,
     "scale_factor": Positive,
+    "n": Count,
+    "seed": Seed,
+    "mix": MixSettings | list[MixSettings],
     "log_dir": PathText,
     "filename": PathText,
 }
@@ -154,9 +169,7 @@ class RecipeSettings:
     clip_grad_norm: Positive | None = None
     lr_scheduler: Section | None = None
     validation_dataset: Section | None = None  # like dataset; its loss is logged after each epoch
-    reference_cache: Keys | None = dataclasses.field(
-        default_factory=lambda: dataclasses.asdict(ReferenceCacheSettings())
-    )
+    reference_cache: ReferenceCacheSettings | None = ReferenceCacheSettings()
     packed: bool = False
     enable_activation_checkpointing: bool = False
     compile: bool = False
@@ -264,11 +277,26 @@ def check(
                     f"{place[0].upper()}{place[1:]} lacks the key '{name}': it must be {describe(parameter.annotation)}."
                 )
             continue
+        value, nested = values[name], _section_in(parameter.annotation)
+        if nested is not None and isinstance(value, dict):
+            problems += check(nested, value, key)
+            continue
+        if nested is not None and isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            problems += [problem for i, item in enumerate(value) for problem in check(nested, item, f"{key}[{i}]")]
+            continue
         try:
-            convert(parameter.annotation, values[name])
+            convert(parameter.annotation, value)
         except ValidationError:
             problems.append(refusal(key, values[name], parameter.annotation))
     return problems or _contradictions(component, values)
+
+
+def _section_in(annotation: Any) -> type | None:
+    """The dataclass that a section below a section is, or a list of them holds; None where there is none."""
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return annotation
+    found = (_section_in(argument) for argument in typing.get_args(annotation))
+    return next((section for section in found if section is not None), None)
 
 
 def _contradictions(component: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
@@ -449,7 +477,6 @@ def defaults(cls: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if field.default is not dataclasses.MISSING:
-            found[field.name] = field.default
-        elif field.default_factory is not dataclasses.MISSING:
-            found[field.name] = field.default_factory()
+            value = field.default
+            found[field.name] = defaults(type(value)) if dataclasses.is_dataclass(value) else value
     return found

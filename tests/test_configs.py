@@ -204,7 +204,7 @@ def test_pact_run_is_tune_run(monkeypatch):
         (["loss.preset=null"], "loss.preset is null; it must be one of: paper, official, tail."),
         (["loss.lambda_kl=.inf"], "loss.lambda_kl is inf; it must be a number from 0"),
         (["loss.gate_slope=.nan"], "loss.gate_slope is nan; it must be a number"),
-        (["reference_cache=5"], "reference_cache is 5; it must be a section of keys, or null."),
+        (["reference_cache=5"], "reference_cache is 5; it must be a section with the keys directory, dtype, max_gb, lazy, or null."),
         (["~nosuch"], "Unknown key 'nosuch' in '~nosuch' (nothing to remove)"),
         (["~model.lora_rnak"], "did you mean 'lora_rank'"),
         (["epochs"], "'epochs' on the command line is no override"),

@@ -284,9 +284,6 @@ def complete(cfg: DictConfig) -> DictConfig:
         section = values.get(name)
         if isinstance(section, dict) and parameter.annotation in (Section, Section | None):
             problems += check_section(name, section)
-    cache = values.get("reference_cache")
-    if isinstance(cache, dict):
-        problems += check(ReferenceCacheSettings, cache, "reference_cache")
     refuse(problems)
     values = defaults(RecipeSettings) | values
     if values["reference_cache"] is not None:

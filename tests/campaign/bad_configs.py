@@ -68,7 +68,7 @@ FLAGS = ("resume_from_checkpoint", "shuffle", "batch_by_length", "packed", "enab
          "apply_lora_to_mlp", "apply_lora_to_output", "tie_word_embeddings", "use_dora", "quantize_base", "fused",
          "template_fallback")  # fmt: skip
 WORDS = ("output_dir", "checkpoint_dir", "tokenizer.path", "checkpointer.output_dir", "source", "split", "log_dir",
-         "directory", "safety_tokens")  # fmt: skip
+         "directory", "safety_tokens", "model.path")  # fmt: skip
 ZERO = ("seed", "weight_decay", "lora_dropout", "num_warmup_steps", "lambda_kl", "fraction")
 MEANINGFUL: dict[str, tuple[str, ...]] = {
     "null": NULLABLE,
@@ -207,9 +207,9 @@ def judge(case: Input, folder: Path) -> Outcome:
     except UserError as error:
         said = str(error)
         names_key = case.key.rsplit(".", 1)[-1] in said or case.text in said
-        if case.meaningful:
-            return Outcome("refused", said)
         good = names_key and any(mend in said for mend in MENDS)
+        if case.meaningful and case.kind.split()[0] != "text":  # the path of nothing is refused with reason
+            return Outcome("refused", said)
         return Outcome("right" if good else "traceback", said)
     except BaseException as error:
         return Outcome("traceback", f"{type(error).__name__}: {error}")
