@@ -203,7 +203,9 @@ def _checkpoint(cfg: DictConfig, model: nn.Module | None) -> None:
     checkpointer = config.instantiate(cfg.checkpointer)
     if model is not None:
         checkpointer.check(model)
-    config.instantiate(cfg.tokenizer)
+    path = cfg.tokenizer.get("path")
+    if path is not None and Path(path).is_dir():
+        config.instantiate(cfg.tokenizer)
 
 
 def _optimizer(cfg: DictConfig, model: nn.Module) -> None:

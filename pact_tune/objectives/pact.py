@@ -20,6 +20,21 @@ NEGLIGIBLE_GATE = 1e-3
 MASS_RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 
 
+def _config(
+    safety_tokens: Text | None = None,
+    preset: Literal["paper", "official", "tail"] = "paper",
+    **overrides: Annotated[Any, Fields(PACTConfig)],
+) -> PACTConfig:
+    """The knobs, once they agree with each other; `pact validate` calls this too."""
+    config = PACTConfig.preset(preset, **overrides)
+    if safety_tokens is None and config.k != VOCABULARY and config.lambda_kl > 0:
+        raise UserError(
+            "Section 'loss' names no safety_tokens: give a folder made by `pact tokens compute`, a Hub repository, "
+            "or a known model name."
+        )
+    return config
+
+
 def pact(
     context: Context,
     safety_tokens: Text | None = None,
@@ -27,7 +42,7 @@ def pact(
     revision: Text | None = None,
     subfolder: PathText | None = None,
     template_fallback: bool = False,
-    **overrides: Annotated[Any, Fields(PACTConfig)],
+    **overrides: Annotated[Any, Fields(PACTConfig, _config)],
 ) -> Objective:
     """PACT (Eq. 9), or plain SFT when lambda_kl is 0: no reference is run then, and the numbers are the same bit for bit.
 
@@ -46,18 +61,13 @@ def pact(
     Raises:
         UserError: unknown preset or field, a value out of range, or no safety tokens named, found or fitting.
     """
-    config = PACTConfig.preset(preset, **overrides)
+    config = _config(safety_tokens, preset, **overrides)
     if config.lambda_kl == 0:
         return sft(context)
     reading: Reading
     if config.k == VOCABULARY:
         reading, weights = Vocabulary(), torch.ones(context.vocab_size, device=context.device)
         note = f"Safety tokens: all {context.vocab_size} of the vocabulary."
-    elif safety_tokens is None:
-        raise UserError(
-            "Section 'loss' names no safety_tokens: give a folder made by `pact tokens compute`, a Hub repository, "
-            "or a known model name."
-        )
     else:
         found, text = TokenSource(safety_tokens, revision, subfolder, template_fallback).load(context)
         chosen = found.select(config.k, config.ranking, config.weighting)

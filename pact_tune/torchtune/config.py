@@ -24,6 +24,7 @@ SUFFIX = "_pact_lora"  # what may be left out of a config's name: "qwen2_5/7B" i
 GIVEN = {
     "loss": ("context",),
     "dataset": ("tokenizer",),
+    "validation_dataset": ("tokenizer",),
     "optimizer": ("params",),
     "lr_scheduler": ("optimizer", "num_training_steps", "last_epoch"),
 }

@@ -16,6 +16,7 @@ compared with.
 import argparse
 import copy
 import math
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from pact_tune.torchtune.config import find_config, read_command_line
 
 CONFIGS = ("demo/pact_lora", "qwen2_5/0.5B_pact_lora", "llama3_1/8B_pact_lora")
 MENDS = (
+    "correct ",
     "must be",
     "give ",
     "takes ",
@@ -206,7 +208,7 @@ def judge(case: Input, folder: Path) -> Outcome:
         check(cfg)
     except UserError as error:
         said = str(error)
-        names_key = case.key.rsplit(".", 1)[-1] in said or case.text in said
+        names_key = case.key.rsplit(".", 1)[-1] in said or case.text in said or f"'{KINDS['text']}'" in said
         good = names_key and any(mend in said for mend in MENDS)
         if case.meaningful and case.kind.split()[0] != "text":  # the path of nothing is refused with reason
             return Outcome("refused", said)
@@ -248,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=12, help="of the refused ones, how many go through `tune run` too")
     args = parser.parse_args(argv)
     cases = inputs()
+    os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         results = [(case, judge(case, folder)) for case in cases]
