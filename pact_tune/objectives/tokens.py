@@ -39,6 +39,8 @@ class TokenSource:
         tokens, own = self._find(context)
         tokens.check_vocabulary(context.vocab_size)
         tokens.check_tokenizer(context.tokenizer)
+        if context.weights_hash is not None:
+            tokens.check_model(context.weights_hash)
         if own:
             return tokens, f"of '{self.source}' ({tokens.provenance['method']})."
         return tokens, (
