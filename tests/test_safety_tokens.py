@@ -9,11 +9,12 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from pact_tune import cli
+from pact_tune import cli, log
 from pact_tune.conversations import encode, load_tokenizer
 from pact_tune.errors import UserError
 from pact_tune.safety_tokens import SafetyTokens, decode_tokens, safety_tokens_from_templates, token_weights
 
+log.setup()
 DATA = os.environ.get("PACT_TUNE_TEST_DATA")
 real_tokenizers = pytest.mark.skipif(not DATA, reason="PACT_TUNE_TEST_DATA is not set")
 
