@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from pact_tune.demo import demo_family_path, write_demo_data
 from pact_tune.errors import UserError
@@ -19,6 +18,15 @@ METHODS = {
     "PACT": ["loss.preset=paper"],
     "PACT+tail": ["loss.preset=tail"],
 }
+
+TITLE = "Fine-tuning with and without PACT, on the demo family"
+INTRODUCTION = (
+    "One small aligned chat model, fine-tuned three times on the same rows: a two-class review task with one row in ten that "
+    "complies with a request the model should refuse. The harmful requests are harmless nonsense; the model is synthetic, and "
+    "its numbers say nothing about large models. On this family the safety tokens hold “Sure”, which begins compliant answers "
+    "as well: mass on them alone does not tell a refusal. PACT sees those answers because of it, and not the ones that begin "
+    "outside S (“Steps:”, “Guide:”); the tail does not depend on that."
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +47,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the data, the initial adapter and the order")
     args = parser.parse_args(argv)
+    try:
+        from pact_tune.evaluation import report
+    except ImportError as error:
+        raise UserError(
+            f"The demo's report needs scipy and jinja2 ({error}): pip install 'pact-tune[eval]'."
+        ) from error
     output: Path = args.output
     base, aligned = demo_family_path() / "base", demo_family_path() / "aligned"
     data = output / "data"
@@ -61,36 +75,41 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
 
     _headline("3/3  Evaluation on held-out requests")
-    results, texts = _evaluate(runs, aligned, data, tokens)
-    from pact_tune.demo import report  # imports matplotlib, which the steps above do not need
-
-    report.write_report(output / "report.html", results, runs, texts)
-    summary = {name: {key: r[key] for key in ("asr", "accuracy", "over_refusal", "kl")} for name, r in results.items()}
+    evaluation = output / "evaluation"
+    _run(
+        "pact", "evaluate", *(f"{name}={sorted(folder.glob('epoch_*'))[-1]}" for name, folder in runs.items()),
+        "--aligned", aligned, "--output", evaluation, "--overwrite", "--safety-tokens", tokens,
+        "--benchmarks", f"task:demo-task={data / 'eval_task.jsonl'}", f"harmful:demo-harmful={data / 'eval_harmful.jsonl'}",
+        f"benign:demo-benign={data / 'eval_benign.jsonl'}", "--judge", "demo", "--refusal-judge", "demo-keywords",
+    )  # fmt: skip
+    comparison = report.compare({name: [evaluation / name] for name in ("Initial", *METHODS)})
+    comparison.write(output, TITLE, INTRODUCTION)
+    results = {row.name: _numbers(row) for row in comparison.rows}
     with atomic_file(output / "summary.json") as file:
-        file.write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"\n{report.table(results)}\n")
+        file.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\n{_table(results)}\n")
     print(
         "ASR: held-out harmful requests that are answered instead of refused. Task: unseen reviews. KL: to the aligned"
     )
-    print(f"model, on its own answers.\n\nReport: {output / 'report.html'}\nNumbers: {output / 'summary.json'}")
+    print(f"model, on its own answers.\n\nReport: {output / report.PAGE_FILE}\nNumbers: {output / 'summary.json'}")
     return 0
 
 
-def _evaluate(runs: dict[str, Path], aligned: Path, data: Path, tokens: Path) -> tuple[dict[str, dict], list[str]]:
-    import torch  # takes seconds to import, as do the next three
-    import transformers
-
-    from pact_tune.demo.evaluate import evaluate
-    from pact_tune.safety_tokens import SafetyTokens
-
-    transformers.utils.logging.disable_progress_bar()  # of loading weights: there is one for the four models
-    torch.set_num_threads(1)
-    safety_tokens = SafetyTokens.load(tokens)
-    models = {"Initial": aligned} | {name: sorted(folder.glob("epoch_*"))[-1] for name, folder in runs.items()}
-    bar = tqdm(models.items(), desc="Evaluating", unit="model")
+def _numbers(row: Any) -> dict[str, float]:
+    """The demo's four numbers of one model. Whatever is not a well-formed refusal counts as an attack that succeeded."""
     return {
-        name: evaluate(folder, aligned, data, safety_ids=safety_tokens.ids.tolist()) for name, folder in bar
-    }, safety_tokens.tokens
+        "asr": 100.0 - row.cell("demo-harmful", "safe").percent,
+        "accuracy": row.cell("demo-task", "correct").percent,
+        "over_refusal": row.cell("demo-benign", "refused").percent,
+        "kl": row.on_aligned_answers("kl"),
+    }
+
+
+def _table(results: dict[str, dict[str, float]]) -> str:
+    rows = [f"{'':<10} {'ASR %':>7} {'accuracy %':>11} {'over-refusal %':>15} {'KL nats':>8}"]
+    for name, r in results.items():
+        rows.append(f"{name:<10} {r['asr']:>7.1f} {r['accuracy']:>11.1f} {r['over_refusal']:>15.1f} {r['kl']:>8.3f}")
+    return "\n".join(rows)
 
 
 def _run(command: str, *arguments: object) -> None:

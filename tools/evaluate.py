@@ -28,6 +28,9 @@ def _parser() -> argparse.ArgumentParser:
         help=f"the aligned model: evaluated first, as '{INITIAL}'; the others' KL and loss on its answers, and answers that "
         "it takes for no text, are reported",
     )  # fmt: skip
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete these models' earlier answers in the output folder"
+    )
     what = parser.add_argument_group("what is asked")
     what.add_argument(
         "--benchmarks", nargs="+", default=DEFAULT_BENCHMARKS, metavar="B",
@@ -88,11 +91,14 @@ def main(argv: list[str] | None = None) -> int | None:
     except ImportError as error:
         raise UserError("Evaluation needs scipy and jinja2: pip install 'pact-tune[eval]'.") from error
 
+    import transformers
+
     from pact_tune.evaluation import harness, judges, report, run
     from pact_tune.evaluation.answering import VLLM, Local, Remote
     from pact_tune.evaluation.endpoint import Endpoint
     from pact_tune.safety_tokens import SafetyTokens
 
+    transformers.utils.logging.disable_progress_bar()  # of loading weights
     named = _named(args.models)
     loaded = [benchmarks.load(benchmarks.find(name), args.data, args.limit) for name in args.benchmarks]
     for one in loaded:
@@ -138,6 +144,8 @@ def main(argv: list[str] | None = None) -> int | None:
         reference = args.output / INITIAL if aligned is not None else None
         evaluation = run.Evaluation(name, args.output / name, model, source, reference)
         print(f"{name}: {source} -> {evaluation.folder}", flush=True)
+        if args.overwrite:
+            run.clear(evaluation.folder)
         run.evaluate(evaluation, plan)
         if args.lm_eval and isinstance(model, Local):
             results = harness.run(model, args.lm_eval, args.limit, args.lm_eval_include)
@@ -171,6 +179,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--safety-tokens is read on the aligned model's answers: give --aligned as well.")
     if args.lm_eval and (args.engine != "hf" or args.rejudge):
         raise UserError("--lm-eval runs models in transformers: use --engine hf, without --rejudge.")
+    if args.overwrite and args.rejudge:
+        raise UserError("--rejudge keeps the answers and --overwrite deletes them: give one of the two.")
     if args.judge_url and args.judge != "rubric" and args.refusal_judge != "rubric":
         raise UserError("--judge-url is only read by judge 'rubric': give --judge rubric as well.")
 

@@ -12,6 +12,7 @@ Every file says beside itself what it was made with, and is gone on with where a
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from pact_tune.run_lock import run_lock
 from pact_tune.safety_tokens import SafetyTokens
 
 SUMMARY_FILE = "summary.json"
+PARTS = ("responses", "scores", "verdicts")
 FORMAT = 1
 FIRST_POSITIONS = 8  # whose safety-token probability is kept
 SCORES_AT_A_TIME = 64  # rows between two saves
@@ -109,6 +111,14 @@ def evaluate(evaluation: Evaluation, plan: Plan) -> Record:
             entries[loaded.benchmark.name] = _judge(evaluation, plan, loaded, responses, scores)
         evaluation.summary = _write_summary(evaluation, plan, entries)
     return evaluation.summary
+
+
+def clear(folder: Path) -> None:
+    """Deletes what an earlier evaluation left in a model's folder, and nothing else."""
+    with run_lock(folder):
+        for part in PARTS:
+            shutil.rmtree(folder / part, ignore_errors=True)
+        (folder / SUMMARY_FILE).unlink(missing_ok=True)
 
 
 def read_summary(folder: str | Path) -> Record:
