@@ -401,7 +401,7 @@ def test_own_files(tmp_path):
     [
         ("question\nCrumplewark\n", "column 'forbidden_prompt' is missing"),
         ("forbidden_prompt,x\n ,y\n", "has no text for its prompt"),
-        ("forbidden_prompt\n", "holds no row"),
+        ("forbidden_prompt\n", "holds no rows"),
     ],
 )
 def test_unfit_benchmark_files_are_one_sentence(tmp_path, capsys, content, words):

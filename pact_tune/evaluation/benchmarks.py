@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pact_tune.conversations import Message
-from pact_tune.data import read_rows
 from pact_tune.demo import demo_family_path
 from pact_tune.errors import UserError, unknown_key
 from pact_tune.evaluation import utility
+from pact_tune.prompts import read_prompts
 
 Kind = Literal["harmful", "benign", "task"]
 KINDS: tuple[Kind, ...] = ("harmful", "benign", "task")
@@ -281,14 +281,12 @@ def load(benchmark: Benchmark, data: str | Path | None = None, limit: int | None
     if file is not None:
         rows, source = _read_file(benchmark, file), str(file)
     elif benchmark.hub is not None:
-        rows, source = read_rows(*benchmark.hub), "/".join(part for part in benchmark.hub if part)
+        name, configuration, split = benchmark.hub
+        rows = read_prompts(name, name=configuration, split=split)
+        source = "/".join(part for part in benchmark.hub if part)
     else:
         raise UserError(f"Benchmark '{benchmark.name}' has no file: give one with --data.")
-    items = [
-        _item(benchmark, row, number, source)
-        for number, row in enumerate(rows, 1)
-        if isinstance(row, UserError) or not isinstance(row, Mapping) or benchmark.where(row)
-    ]
+    items = [_item(benchmark, row, number, source) for number, row in enumerate(rows, 1) if benchmark.where(row)]
     if not items:
         raise UserError(f"'{source}' holds no row of benchmark '{benchmark.name}': check the file.")
     return Loaded(benchmark, items[:limit], source)
@@ -311,7 +309,7 @@ def _search(benchmark: Benchmark, data: Path) -> Path | None:
 
 def _read_file(benchmark: Benchmark, file: Path) -> list[Any]:
     if not benchmark.header or file.suffix not in (".csv", ".tsv"):
-        return [{"prompt": row} if isinstance(row, str) else row for row in read_rows(file)]
+        return read_prompts(file)
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
             tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
@@ -324,8 +322,6 @@ def _read_file(benchmark: Benchmark, file: Path) -> list[Any]:
 
 
 def _item(benchmark: Benchmark, row: Any, number: int, source: str) -> Item:
-    if isinstance(row, UserError):
-        raise row
     try:
         item = benchmark.parse(row)
     except (KeyError, TypeError, ValueError) as error:
