@@ -19,6 +19,7 @@ COMMANDS = {
     ("merge",): ("pact_tune.tools.merge", "merge a LoRA adapter into its base model"),
     ("import-gguf",): ("pact_tune.tools.import_gguf", "write a GGUF file as a Hugging Face checkpoint"),
     ("evaluate",): ("pact_tune.tools.evaluate", "ask models the benchmarks, judge the answers, compare"),
+    ("audit",): ("pact_tune.tools.audit", "which training rows the aligned model itself would have refused"),
     ("compare",): ("pact_tune.tools.compare", "evaluations side by side: table and page"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
     ("tokens", "from-templates"): (

@@ -1,5 +1,6 @@
 """Training rows to conversations: layouts, mixtures, and what becomes of rows that cannot be trained on."""
 
+import hashlib
 import json
 import math
 import random
@@ -17,6 +18,10 @@ from pact_tune.errors import UserError, unknown_key
 from pact_tune.rows import BrokenRow, Source, read_places
 
 COLUMN_KEYS = ("messages", "system", "prompt", "input", "response")
+AUDIT_KEYS = ("file", "action")
+AUDIT_ACTIONS = ("report", "drop", "constraint_only")
+AUDIT_FORMAT = 1
+REFUSED = "refused"  # the verdict on a row that the aligned model would not have answered
 MIX_KEYS = ("source", "fraction", "name", "split", "columns", "ce_weight", "constraint_weight")
 # Columns that are understood without being mapped. A row is read by the first layout of which it has all columns;
 # `input` may be missing, and any layout may have a system column beside it.
@@ -58,10 +63,12 @@ class Counts:
         left_out (dict[str, dict[str, Any]]): for each reason, how many ``rows`` were left out, and the place of the
             ``first``.
         ignored (list[str]): columns, and keys of turns ("messages[].id"), that nothing was read from.
+        refused (int): rows among those that are used which the audit says the aligned model would have refused.
     """
 
     source: str
     used: int = 0
+    refused: int = 0
     conversations: int = 0
     context_turns: int = 0
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -82,6 +89,8 @@ class Counts:
             notes.append(f"{self.context_turns} assistant turns are context only")
         if self.conversations > self.used:
             notes.append(f"{self.conversations} texts, since the chat template rewrites earlier turns")
+        if self.refused:
+            notes.append(f"{self.refused} rows the aligned model would have refused, by the audit")
         if self.ignored:
             notes.append(f"not read: {', '.join(self.ignored)}")
         return f"{self.used} rows of {self.source}" + (f" ({'. '.join(notes)})" if notes else "")
@@ -114,6 +123,7 @@ def chat_dataset(
     mix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     seed: Seed = 0,
     max_seq_len: Count | None = None,
+    audit: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> ChatDataset:
     """Reads, checks and tokenizes chat or instruction data.
@@ -135,6 +145,9 @@ def chat_dataset(
             constraint alone, ``constraint_weight: 0`` trains on them without it.
         seed (int): of the drawing and of the order.
         max_seq_len (int | None): rows of more tokens are left out, and counted.
+        audit (Mapping[str, Any] | None): ``file``, the output of ``pact audit`` on all of these sources, and ``action``,
+            what becomes of rows that the aligned model would have refused: "report" (the default: they are counted), "drop"
+            (left out, and counted) or "constraint_only" (their cross-entropy is not trained on).
         progress (bool): show a progress bar.
 
     Returns:
@@ -147,7 +160,7 @@ def chat_dataset(
         if value is not None and not (type(value) is int and value >= 1):
             raise UserError(f"dataset.{key} is {value!r}; it must be a whole number from 1, or null for no limit.")
     rng = random.Random(seed)
-    reader = _Reader(tokenizer, system, max_seq_len, progress)
+    reader = _Reader(tokenizer, system, max_seq_len, progress, None if audit is None else _audit(audit))
     others = [] if mix is None else [mix] if isinstance(mix, Mapping) else list(mix)
     mixed = [
         _mixed(other, "dataset.mix" if isinstance(mix, Mapping) else f"dataset.mix[{i}]")
@@ -220,6 +233,7 @@ class _Reader:
     system: str | None
     max_seq_len: int | None
     progress: bool
+    audit: "_Audit | None" = None
 
     def take(self, where: _Source, wanted: int | None, rng: random.Random) -> tuple[list[Conversation], Counts]:
         """Conversations of the first ``wanted`` usable rows in a shuffled order, or of all of them in the file's order."""
@@ -244,8 +258,10 @@ class _Reader:
             raise UserError(
                 f"{wanted} rows of '{where.title}' are asked for, but only {counts.used} are usable: {counts}."
             )
-        weights = {"ce_weight": where.ce_weight, "weight": where.constraint_weight}
-        return [replace(conversation, **weights) for conversation in conversations], counts
+        return [
+            replace(c, ce_weight=c.ce_weight * where.ce_weight, weight=c.weight * where.constraint_weight)
+            for c in conversations
+        ], counts
 
     def _conversations(self, row: Any, where: _Source, counts: Counts) -> list[Conversation]:
         """What a row becomes: one conversation, or several where the template rewrites earlier turns.
@@ -260,6 +276,9 @@ class _Reader:
         layout = where.columns or _layout(row)
         counts.ignore(_ignored(row, layout))
         messages = _messages(row, layout)
+        refused = self.audit is not None and self.audit.refused(messages, counts.source)
+        if refused and self.audit is not None and self.audit.action == "drop":
+            raise BadRow("that the aligned model would have refused, by the audit")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         _check_unicode(messages)
@@ -271,8 +290,131 @@ class _Reader:
             raise BadRow("without a response")
         if self.max_seq_len is not None and max(len(c.tokens) for c in conversations) > self.max_seq_len:
             raise BadRow("over max_seq_len")
+        if refused and self.audit is not None:
+            counts.refused += 1
+            if self.audit.action == "constraint_only":
+                conversations = [replace(conversation, ce_weight=0.0) for conversation in conversations]
         counts.context_turns += sum(m["role"] == "assistant" and not is_response(m) for m in messages)
         return conversations
+
+
+# Audit ---------------------------------------------------------------------------------------------------------------
+
+
+def row_key(messages: Sequence[Message]) -> str:
+    """Key of a row's content, the same wherever the row stands and whatever else a config puts around it.
+
+    Args:
+        messages (Sequence[Message]): the row's own turns, without a system message that a config adds.
+
+    Returns:
+        str: 32 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(list(messages), sort_keys=True).encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class AuditedRow:
+    """A row as an audit sees it.
+
+    Attributes:
+        key (str): of :func:`row_key`.
+        source (str): file or data set.
+        place (str): where in it the row stands.
+        messages (list[Message]): its turns.
+    """
+
+    key: str
+    source: str
+    place: str
+    messages: list[Message]
+
+
+def audited_rows(
+    source: Source, name: str | None = None, split: str | None = None, columns: Mapping[str, str] | None = None
+) -> tuple[list[AuditedRow], Counts]:
+    """Rows of a source as :func:`chat_dataset` reads them, before they are rendered.
+
+    Args:
+        source (Source): see :func:`chat_dataset`.
+        name (str | None): configuration of a Hub data set.
+        split (str | None): split of a Hub data set.
+        columns (Mapping[str, str] | None): see :func:`chat_dataset`.
+
+    Returns:
+        tuple[list[AuditedRow], Counts]: rows with a response, and what became of the others.
+
+    Raises:
+        UserError: no such source, or no layout that is known.
+    """
+    where = _Source(source, name, split, columns)
+    places = read_places(source, name, split)
+    _check_columns([row for _, row in places], where)
+    counts, rows = Counts(where.title), []
+    for place, row in places:
+        try:
+            if isinstance(row, BrokenRow):
+                raise BadRow(row.reason)
+            if not isinstance(row, dict):
+                raise BadRow("that are no objects with columns")
+            messages = _messages(row, where.columns or _layout(row))
+            if not any(message["role"] == "assistant" and is_response(message) for message in messages[1:]):
+                raise BadRow("without a response")
+            _check_unicode(messages)
+        except BadRow as error:
+            counts.leave_out(str(error), place)
+            continue
+        rows.append(AuditedRow(row_key(messages), where.title, place, messages))
+        counts.used += 1
+    counts.conversations = counts.used
+    return rows, counts
+
+
+@dataclass(frozen=True)
+class _Audit:
+    """Verdicts by row, and what becomes of rows that the aligned model would have refused."""
+
+    file: str
+    action: str
+    verdicts: Mapping[str, str]
+
+    def refused(self, messages: Sequence[Message], source: str) -> bool:
+        """The verdict on a row; a row that the audit did not see is an error, since it would go unchecked."""
+        verdict = self.verdicts.get(row_key(messages))
+        if verdict is None and any(message["role"] == "assistant" and is_response(message) for message in messages[1:]):
+            raise UserError(
+                f"The audit in '{self.file}' does not cover '{source}' (it has no verdict on a row that begins "
+                f"{messages[0]['content'][:40]!r}): run `pact audit` on all of the data."
+            )
+        return verdict == REFUSED
+
+
+def _audit(section: Mapping[str, Any]) -> _Audit:
+    """Reads the section dataset.audit, and the file that it names."""
+    if not isinstance(section, Mapping):
+        raise UserError(f"Section 'dataset.audit' is {section!r}; it is a mapping with a file and an action.")
+    for key in section:
+        if key not in AUDIT_KEYS:
+            raise unknown_key(key, AUDIT_KEYS, "section 'dataset.audit'")
+    if "file" not in section:
+        raise UserError("Section 'dataset.audit' needs a file: the output of `pact audit`.")
+    action = section.get("action", "report")
+    if action not in AUDIT_ACTIONS:
+        raise unknown_key(str(action), AUDIT_ACTIONS, "dataset.audit.action")
+    file = str(section["file"])
+    try:
+        head, *lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        settings = json.loads(head)
+        verdicts = {row["key"]: row["verdict"] for row in map(json.loads, lines)}
+    except FileNotFoundError as error:
+        raise UserError(f"The audit '{file}' does not exist: make it with `pact audit`.") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{file}' is no output of `pact audit`, or is damaged: make it anew.") from error
+    if not isinstance(settings, dict) or settings.get("format") != AUDIT_FORMAT:
+        raise UserError(f"'{file}' is no output of this version's `pact audit`: make it anew.")
+    if settings["rows"] != len(lines):
+        raise UserError(f"'{file}' holds {len(lines)} of its {settings['rows']} rows: make it anew with `pact audit`.")
+    return _Audit(file, action, verdicts)
 
 
 # Layouts -------------------------------------------------------------------------------------------------------------

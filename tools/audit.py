@@ -21,7 +21,9 @@ def main(argv: list[str] | None = None) -> int | None:
         "a table by source and writes a JSONL with a verdict a row, the rows most at odds with the aligned model first. Give "
         "the file to training as dataset.audit.",
     )
-    parser.add_argument("data", nargs="+", metavar="DATA", help="files, or names of data sets, as a config's dataset.source")
+    parser.add_argument(
+        "data", nargs="+", metavar="DATA", help="files, or names of data sets, as a config's dataset.source"
+    )
     parser.add_argument("--aligned", required=True, metavar="MODEL", help="folder or Hub name of the aligned model")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--columns", nargs="+", default=[], metavar="KEY=COLUMN", help="as a config's dataset.columns")
@@ -30,7 +32,9 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--judge", default="phrases", help="phrases (default), or MODULE:CLASS")
     parser.add_argument("--answer-tokens", type=int, default=12, help="of the aligned model's answer (default: 12)")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N rows of the output as well")
-    parser.add_argument("--tokens-per-batch", type=int, default=8192, help="padded tokens of a forward pass (default: 8192)")
+    parser.add_argument(
+        "--tokens-per-batch", type=int, default=8192, help="padded tokens of a forward pass (default: 8192)"
+    )
     parser.add_argument("--device", help="default: a GPU where there is one")
     args = parser.parse_args(argv)
     if min(args.answer_tokens, args.tokens_per_batch) < 1 or args.show < 0:
@@ -69,7 +73,9 @@ def main(argv: list[str] | None = None) -> int | None:
     print(audit.table(records))
     for record in records[: args.show]:
         print(f"\n{record['verdict']} ({record['odds']:+.2f} nats) {record['source']} {record['place']}")
-        print(f"  prompt:   {record['prompt'][:200]!r}\n  response: {record['response'][:200]!r}\n  aligned:  {record['answer']!r}")
+        print(
+            f"  prompt:   {record['prompt'][:200]!r}\n  response: {record['response'][:200]!r}\n  aligned:  {record['answer']!r}"
+        )
     print(f"\nVerdicts: {args.output}; train with dataset.audit.file={args.output} dataset.audit.action=drop")
 
 

@@ -22,8 +22,8 @@ from pact_tune.weights import ModelFolder, through_nf4
 
 RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 MAX_TOKENS = 64  # response tokens of a row that are looked at: log-probabilities of whole vocabularies are held
-# Of chat_dataset: how many rows, and what is mixed in, do not matter for a sample.
-NOT_SAMPLED = ("_component_", "n", "mix")
+# Of chat_dataset: how many rows, what is mixed in, and what an audit says, do not matter for a sample.
+NOT_SAMPLED = ("_component_", "n", "mix", "audit")
 
 
 def main(argv: list[str] | None = None) -> int:

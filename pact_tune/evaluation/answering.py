@@ -1,6 +1,7 @@
 """Models that answer benchmarks: a folder in transformers, the same in vLLM, or an endpoint."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pact_tune import generation, hub
 from pact_tune.conversations import Message, load_tokenizer, one_line, render_prompt
 from pact_tune.errors import UserError
 from pact_tune.evaluation.endpoint import Endpoint
+from pact_tune.fingerprints import file_digest, model_fingerprint
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -94,6 +96,14 @@ def _with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
         ) from error
 
 
+def _adapter_fingerprint(folder: Path) -> str:
+    """Hash of an adapter's weights and settings, without the path of its base, which has a hash of its own."""
+    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": None}
+    weights = sorted(folder.glob("adapter_model*"))
+    text = json.dumps([config, *(file_digest(file).hex() for file in weights)], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 class Local:
     """A checkpoint or LoRA adapter folder, or a Hub name, in transformers.
 
@@ -125,8 +135,8 @@ class Local:
         self.settings: dict[str, Any] = {
             "engine": "hf",
             "model": str(name),
-            "version": hub.model_version(self.files.weights),
-            "adapter": hub.model_version(self.files.adapter) if self.files.adapter else None,
+            "version": model_fingerprint(self.files.weights),
+            "adapter": _adapter_fingerprint(self.files.adapter) if self.files.adapter else None,
             "tokens_per_batch": tokens_per_batch,
             "temperature": temperature,
             "seed": seed if temperature else None,
@@ -194,7 +204,7 @@ class VLLM:
         self.settings: dict[str, Any] = {
             "engine": "vllm",
             "model": str(name),
-            "version": hub.model_version(files.weights),
+            "version": model_fingerprint(files.weights),
             "temperature": temperature,
             "seed": seed if temperature else None,
         }

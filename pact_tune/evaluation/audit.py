@@ -66,7 +66,9 @@ def audit(
     settings = aligned.settings | {"rows": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32]}
     journal = Journal(work / "answers.jsonl", settings)
     chats = [turn.before for turn in turns]
-    with progress(total=len(turns), desc="What the aligned model answers", unit="row", disable=not show_progress) as bar:
+    with progress(
+        total=len(turns), desc="What the aligned model answers", unit="row", disable=not show_progress
+    ) as bar:
         for number, batch in enumerate(aligned.batches(chats, answer_tokens)):
             if not all(index in journal.done for index in batch):
                 answers = aligned.answer([chats[i] for i in batch], answer_tokens, number)
@@ -104,7 +106,10 @@ def _scored(aligned: Local, turns: list[Turn], answers: list[str], tokens: int) 
 
 
 def _verdicts(rows: Sequence[AuditedRow], turns: list[Turn], answers: list[Record], judge: Judge) -> list[Record]:
-    asked = [Answered(turn.before[-1]["content"], record["answer"], False) for turn, record in zip(turns, answers, strict=True)]
+    asked = [
+        Answered(turn.before[-1]["content"], record["answer"], False)
+        for turn, record in zip(turns, answers, strict=True)
+    ]
     verdicts = judge.judge(asked)
     worst: dict[int, Record] = {}
     for turn, record, verdict in zip(turns, answers, verdicts, strict=True):

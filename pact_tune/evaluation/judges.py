@@ -16,6 +16,7 @@ from pact_tune.conversations import encode, load_tokenizer
 from pact_tune.errors import UserError
 from pact_tune.evaluation.coherence import broken_because
 from pact_tune.evaluation.endpoint import Endpoint
+from pact_tune.fingerprints import model_fingerprint
 from pact_tune.safety_tokens import REFUSAL_TEMPLATES
 
 # What a judge may say. A guard speaks of safe and unsafe, a judge of refusals of refused and answered.
@@ -183,7 +184,7 @@ class LlamaGuard:
         self.settings: dict[str, Any] = {
             "judge": self.name,
             "model": str(model),
-            "version": hub.model_version(folder),
+            "version": model_fingerprint(folder),
             "max_new_tokens": 20,
         }
 

@@ -1,0 +1,167 @@
+"""`pact audit`, and what a run makes of its verdicts."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe import tune_run
+
+from pact_tune import chat_dataset, cli
+from pact_tune.conversations import load_tokenizer
+from pact_tune.data import audited_rows
+from pact_tune.demo import demo_family_path
+from pact_tune.errors import UserError
+
+ALIGNED = str(demo_family_path() / "aligned")
+DATA = demo_family_path() / "data"
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> tuple[Path, Path]:
+    """24 rows of the task and 12 that comply with requests which the aligned model refuses."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name, count in (("task", 24), ("harmful", 12)):
+        rows = (DATA / f"{name}.jsonl").read_text().splitlines()[:count]
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+    return folder / "task.jsonl", folder / "harmful.jsonl"
+
+
+@pytest.fixture(scope="module")
+def audited(sources, tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("audit") / "audit.jsonl"
+    assert cli.main(["audit", *map(str, sources), "--aligned", ALIGNED, "--output", str(file)]) == 0
+    return file
+
+
+def test_planted_rows_are_found(audited, sources):
+    head, *rows = lines(audited)
+    assert head["rows"] == len(rows) == 36 and head["settings"]["model"] == ALIGNED
+    refused = [row for row in rows if row["verdict"] == "refused"]
+    assert {row["source"] for row in refused} == {str(sources[1])}
+    assert len(refused) >= 11 and rows[: len(refused)] == refused  # those most at odds stand first
+    for group in (refused, rows[len(refused) :]):
+        assert [row["odds"] for row in group] == sorted((row["odds"] for row in group), reverse=True)
+    # To the aligned model a refusal is the likelier answer to these requests, and the less likely one to the reviews.
+    task = [row["odds"] for row in rows if row["source"] == str(sources[0])]
+    assert min(row["odds"] for row in refused) > max(task)
+
+
+def test_the_table_counts_the_file(sources, tmp_path, capsys):
+    file = tmp_path / "a.jsonl"
+    assert cli.main(["audit", str(sources[1]), "--aligned", ALIGNED, "--output", str(file), "--show", "2"]) == 0
+    out = capsys.readouterr().out
+    count = sum(row.get("verdict") == "refused" for row in lines(file))
+    assert re.search(rf" 12 +{count} +{100 * count / 12:.1f}  ", out)
+    assert out.count("prompt: ") == 2 and not (tmp_path / "a.work").exists()
+
+
+@pytest.mark.parametrize("action", ["report", "drop", "constraint_only"])
+def test_what_becomes_of_refused_rows(audited, sources, action):
+    tokenizer = load_tokenizer(ALIGNED)
+    refused = sum(row.get("verdict") == "refused" for row in lines(audited))
+    mix = {"source": str(sources[1]), "fraction": 0.25}
+    data = chat_dataset(
+        tokenizer, str(sources[0]), mix=None, audit={"file": str(audited), "action": action}, progress=False
+    )
+    assert len(data) == 24 and not data.counts[0].refused
+    both = [str(sources[0]), str(sources[1])]
+    # A system message that the config adds, and another order, change no verdict.
+    data = chat_dataset(
+        tokenizer, both, system="Be brief.", audit={"file": str(audited), "action": action}, progress=False
+    )
+    text = str(data.counts[0])
+    if action == "drop":
+        assert len(data) == 36 - refused and f"{refused} that the aligned model would have refused" in text
+        with pytest.raises(UserError, match="only"):
+            chat_dataset(tokenizer, both[0], mix=mix, audit={"file": str(audited), "action": action}, progress=False)
+        return
+    assert len(data) == 36 and f"{refused} rows the aligned model would have refused, by the audit" in text
+    untrained = [c for c in data.conversations if c.ce_weight == 0]
+    assert len(untrained) == (refused if action == "constraint_only" else 0) and all(c.weight == 1 for c in untrained)
+
+
+def test_an_audit_must_cover_the_data(audited, tmp_path):
+    tokenizer = load_tokenizer(ALIGNED)
+    row = {"messages": [{"role": "user", "content": "New?"}, {"role": "assistant", "content": "Yes."}]}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="does not cover .*new.jsonl"):
+        chat_dataset(tokenizer, str(tmp_path / "new.jsonl"), audit={"file": str(audited)}, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"action": "drop"}, "needs a file"),
+        ({"file": "{audit}", "action": "dorp"}, "did you mean 'drop'"),
+        ({"fil": "{audit}"}, "did you mean 'file'"),
+        ({"file": "nowhere.jsonl"}, "does not exist"),
+        ({"file": "{half}"}, "holds 35 of its 36 rows"),
+        ({"file": "{data}"}, "no output of"),
+    ],
+)
+def test_unfit_sections_are_one_sentence(audited, sources, tmp_path, section, words):
+    half = tmp_path / "half.jsonl"
+    half.write_text("\n".join(audited.read_text().splitlines()[:-1]) + "\n")
+    names = {"{audit}": audited, "{half}": half, "{data}": sources[0]}
+    section = {key: str(names.get(value, value)) for key, value in section.items()}
+    with pytest.raises(UserError, match=words) as error:
+        chat_dataset(load_tokenizer(ALIGNED), str(sources[0]), audit=section, progress=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_leaves_out_what_the_audit_found(workspace, tmp_path, monkeypatch, capsys):
+    """Through `tune run`: the verdicts are made by hand, since a random model refuses nothing."""
+    source = yaml.safe_load(workspace.read_text())["dataset"]["source"]
+    rows, _ = audited_rows(source)
+    file = tmp_path / "audit.jsonl"
+    verdicts = [{"key": row.key, "verdict": "refused" if i < 3 else "answered"} for i, row in enumerate(rows)]
+    head = {"format": 1, "settings": {}, "rows": len(rows)}
+    file.write_text("".join(json.dumps(line) + "\n" for line in [head, *verdicts]))
+    arguments = [f"output_dir={tmp_path}/out", f"dataset.audit.file={file}", "dataset.audit.action=drop"]
+    assert tune_run(monkeypatch, workspace, *arguments, "epochs=1") is None
+    output = capsys.readouterr().out
+    assert f"{len(rows) - 3} rows of" in output and "3 that the aligned model would have refused" in output
+
+
+SLOW = """
+import sys, time
+from pact_tune import cli
+from pact_tune.evaluation import audit
+scored = audit._scored
+def slow(*args):
+    print("batch", flush=True)
+    time.sleep(0.4)
+    return scored(*args)
+audit._scored = slow
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_audit_goes_on(sources, audited, tmp_path):
+    command = ["audit", str(sources[1]), "--aligned", ALIGNED, "--tokens-per-batch", "100"]
+    file = tmp_path / "audit.jsonl"
+    arguments = [sys.executable, "-c", SLOW, *command, "--output", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    seen = 0
+    while seen < 3:
+        seen += process.stdout.readline().strip() == "batch"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not file.exists()
+    done = len(lines(tmp_path / "audit.work" / "answers.jsonl"))
+    assert 0 < done < 12
+    assert cli.main([*command, "--output", str(file)]) == 0
+    verdicts = {row["key"]: row["verdict"] for row in lines(audited)[1:]}
+    assert {row["key"]: row["verdict"] for row in lines(file)[1:]}.items() <= verdicts.items()
