@@ -219,7 +219,7 @@ def merge_folder(
         update = adapter.get(name.removesuffix(".weight"))
         return weight if update is None else merged_weight(weight, update, spec)
 
-    base.network  # noqa: B018 (a tied head that is saved again is left out, and a different one refused)
+    base.drop_tied_head(bool(base.config.get("tie_word_embeddings")))
     base.copy_companions(folder)
     base.rewrite(folder, change)
 

@@ -53,14 +53,26 @@ class ModelFolder(Mapping[str, torch.Tensor]):
             UserError: a network that is not known, or a tied one that saves another head.
         """
         network = network_of(self.config, str(self.directory))
-        if network.tied and HEAD in self._file_of:
-            if not torch.equal(self[HEAD], self[EMBEDDING]):
-                raise UserError(
-                    f"The checkpoint in '{self.directory}' says tie_word_embeddings: true but holds a head of its own, "
-                    "which transformers would use: set tie_word_embeddings to false in its config.json."
-                )
-            del self._file_of[HEAD]
+        self.drop_tied_head(network.tied)
         return network
+
+    def drop_tied_head(self, tied: bool) -> None:
+        """Leaves out a head that is saved beside the embedding that it is.
+
+        Args:
+            tied (bool): what the configuration says.
+
+        Raises:
+            UserError: the saved head is another, which transformers would use.
+        """
+        if not tied or HEAD not in self._file_of or EMBEDDING not in self._file_of:
+            return
+        if not torch.equal(self[HEAD], self[EMBEDDING]):
+            raise UserError(
+                f"The checkpoint in '{self.directory}' says tie_word_embeddings: true but holds a head of its own, "
+                "which transformers would use: set tie_word_embeddings to false in its config.json."
+            )
+        del self._file_of[HEAD]
 
     @property
     def model_type(self) -> str:

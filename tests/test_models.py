@@ -12,7 +12,7 @@ from recipe import ARCHITECTURES, logged, logits_of, tune_run, tune_run_processe
 from safetensors.torch import load_file, save_file
 from torchao.dtypes.nf4tensor import to_nf4
 from torchtune import config
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_tune import cli
 from pact_tune.conversations import Conversation
@@ -502,23 +502,35 @@ def test_a_small_step_moves_a_float32_adapter_and_hardly_a_bf16_one(llama, tmp_p
 # --- pact merge, and going on from an adapter
 
 
-def test_merge_takes_an_adapter_of_peft_and_says_when_it_does_not_fit(llama, bf16, tmp_path, tokens, capsys):
-    model = transformers_model(llama.parent / "model")
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    """A family that torchtune does not know."""
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    folder = tmp_path_factory.mktemp("qwen3")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_merge_takes_an_adapter_of_peft_and_says_when_it_does_not_fit(request, bf16, tmp_path, tokens, capsys, family):
+    folder = (
+        request.getfixturevalue("qwen3") if family == "qwen3" else request.getfixturevalue("llama").parent / "model"
+    )
     config = peft.LoraConfig(r=2, lora_alpha=8, use_rslora=True, target_modules=["q_proj", "down_proj"])
-    adapted = peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(transformers_model(folder), config)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
         adapted.save_pretrained(tmp_path / "adapter")
         expected = adapted(tokens).logits
-    base = ["--base", str(llama.parent / "model")]
-    assert cli.main(["merge", str(tmp_path / "adapter"), *base, "--output", str(tmp_path / "merged")]) == 0
+    command = ["merge", str(tmp_path / "adapter"), "--output"]
+    assert cli.main([*command, str(tmp_path / "merged"), "--base", str(folder)]) == 0
     with torch.no_grad():
         torch.testing.assert_close(transformers_model(tmp_path / "merged")(tokens).logits, expected, **TOLERANCE)
     capsys.readouterr()
-    other = ["--base", str(bf16.parent / "model"), "--output", str(tmp_path / "other")]
-    assert cli.main(["merge", str(tmp_path / "adapter"), *other]) == 1
+    assert cli.main([*command, str(tmp_path / "other"), "--base", str(bf16.parent / "model")]) == 1
     message = capsys.readouterr().err
     assert "does not fit the model" in message and message.count("\n") == 1 and not (tmp_path / "other").exists()
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -126,6 +128,32 @@ def test_verify_fails_in_one_sentence(result, tmp_path, capsys, damage):
     assert cli.main(["verify", str(folder)]) == 1
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1
+
+
+def test_verify_takes_other_rows_with_their_columns(result, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"q": "What is 3 plus 4?", "a": "The answer is 7."}\n')
+    columns = ["--columns", "prompt=q", "response=a"]
+    assert cli.main(["verify", str(result), "--data", str(rows), *columns]) == 0
+    assert "on 1 rows" in capsys.readouterr().out
+    assert cli.main(["verify", str(result), "--data", str(rows), "--columns", "q"]) == 1
+    assert "--columns takes ROLE=NAME" in capsys.readouterr().err
+
+
+def test_verify_takes_any_dataset_component_and_needs_no_torchtune(result, tmp_path):
+    """The component lies in the working directory, as it may in training."""
+    folder = copy_of(result, tmp_path)
+    stamped_anew(folder, lambda s: s["config"]["dataset"].update(_component_="my_rows.two"))
+    (tmp_path / "my_rows.py").write_text(
+        "from pact_tune import chat_dataset\ndef two(tokenizer, **keys):\n    return chat_dataset(tokenizer, n=2, **keys)\n"
+    )
+    code = (
+        "import sys; sys.modules.update(torchtune=None, torchao=None); from pact_tune.cli import main; "
+        f"sys.exit(main(['verify', {str(folder)!r}]))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "on 2 rows" in process.stdout
 
 
 def test_verify_fails_without_the_constraint(workspace, tmp_path, monkeypatch, capsys):
