@@ -116,15 +116,17 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         if self.objective.views and (self.cfg.reference_cache is None or self.cfg.reference_cache.lazy):
             raise UserError(
                 "Full fine-tuning moves the weights that the reference is computed with, so it must be stored before the "
-                "first step: set reference_cache, with lazy: False, or name a lora_* builder in model._component_."
+                "first step: set reference_cache, with lazy: False, or name layers in model.lora_attn_modules."
             )
         if self.objective.reading.frozen_head:
             raise UserError(
                 f"This loss reads the {self.objective.reading.name} through the frozen head, which full fine-tuning moves: "
-                "name a lora_* builder in model._component_, or another loss."
+                "name layers in model.lora_attn_modules, or another loss."
             )
         if self.cfg.save_adapter_weights_only:
-            raise UserError("save_adapter_weights_only needs an adapter: set it to False, or name a lora_* builder.")
+            raise UserError(
+                "save_adapter_weights_only needs an adapter: set it to False, or name layers in model.lora_attn_modules."
+            )
 
     def _setup_rows(self) -> None:
         """Reads the data and decides which rows make up which steps."""
