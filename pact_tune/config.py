@@ -160,6 +160,7 @@ class RecipeSettings:
     dtype: Literal["bf16", "fp32"]
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # of LoRA's own weights; bf16 as in the released code
     checkpoint_dir: PathText | None = None  # read by other keys as ${checkpoint_dir}, not by the recipe
+    base_dir: PathText | None = None  # the base model of the aligned one; methods read it as ${base_dir}
     resume_from_checkpoint: bool = False
     seed: Seed = 0
     shuffle: bool = True

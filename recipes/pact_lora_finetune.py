@@ -32,7 +32,6 @@ from pact_tune.errors import UserError
 from pact_tune.files import remove_partial
 from pact_tune.log import logger, progress
 from pact_tune.metrics import Interval
-from pact_tune.objectives import Context
 from pact_tune.objectives.base import Step
 from pact_tune.objectives.penalty import add_penalty
 from pact_tune.reference.source import ReferenceSource
@@ -83,9 +82,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             remove_partial(self.output_dir)
         self.tokenizer = config.instantiate(cfg.tokenizer)
         self.backbone = TorchtuneBackbone(cfg, self.device, self.dtype, self.world_size)
-        self.objective = config.instantiate(
-            cfg.loss, Context(self.tokenizer, self.backbone.vocab_size, self.device, self.backbone.reference["weights"])
-        )
+        self.objective = config.instantiate(cfg.loss, self.backbone.context(self.tokenizer))
         for note in self.objective.notes:
             logger.info(note)
         self._check_full()
@@ -261,8 +258,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             terms += more
         self.interval.add(self.global_step + 1, step, terms)
         if self.objective.penalty is not None:
-            trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-            self.penalty = add_penalty(trained, self.objective.penalty)
+            self.penalty = add_penalty(self.backbone.trained().items(), self.objective.penalty)
         if self.cfg.clip_grad_norm is not None:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), float(self.cfg.clip_grad_norm))
         self.optimizer.step()

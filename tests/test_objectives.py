@@ -10,10 +10,14 @@ import torch
 from omegaconf import OmegaConf
 from recipe import logged, tune_run_processes, write_workspace
 from safetensors.torch import load_file
+from tiny import tiny_model
 from torchtune.modules.peft import disable_adapter
 
+from pact_tune.adapters import read_adapter
 from pact_tune.batching import Batch
+from pact_tune.errors import UserError
 from pact_tune.losses import constrained_sft_betas, constrained_sft_loss
+from pact_tune.objectives.penalty import add_penalty
 from pact_tune.torchtune.config import complete
 
 
@@ -292,3 +296,116 @@ def test_str_after_twenty_steps(workspace, tmp_path, space):
         return torch.nn.functional.cross_entropy(student, labels, reduction="sum") + 0.5 * difference
 
     assert_naive(recipe, naive)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """Config of a tiny Llama, whose query and key rows torchtune holds in another order, with its base model in `base`."""
+    folder = tmp_path_factory.mktemp("llama")
+    config = write_workspace(folder, "llama")
+    tiny_model(folder / "base", architecture="llama", tied=False, seed=1)
+    return config
+
+
+def directions(llama, adapter):
+    """V of each module, by Hugging Face's name."""
+    aligned, base = (load_file(llama.parent / name / "model.safetensors") for name in ("model", "base"))
+    return {module: (aligned[f"{module}.weight"] - base[f"{module}.weight"]).double() for module in adapter}
+
+
+def dense_projector(v):
+    return v @ v.T / v.norm()
+
+
+def test_asft_after_twenty_steps(llama, tmp_path):
+    """The trace form is the dense one, and its gradient autograd's, in Hugging Face's order of rows; checkpointing changes no name."""
+    loss = {"_component_": "pact_tune.objectives.asft", "base": str(llama.parent / "base"), "lambda_asft": 0.7}
+    recipe = moved(loss, llama, tmp_path)
+    adapter = recipe.backbone.checkpointer.adapter_to_hf(recipe.backbone.gather())
+    dense = 0.0
+    for module, v in directions(llama, adapter).items():
+        update = adapter[module].b.double() @ adapter[module].a.double()
+        dense += 0.7 * (update - dense_projector(v) @ update).square().sum()
+    assert dense > 1e-2
+    trained = recipe.backbone.trained()
+    value = add_penalty(trained.items(), recipe.objective.penalty)
+    torch.testing.assert_close(value.double(), dense, rtol=1e-4, atol=1e-6)
+
+    name = "layers.0.attn.q_proj.lora_b.weight"  # of interleaved rows
+    b = recipe.model.get_parameter(name).detach().clone().requires_grad_()
+    a = recipe.model.get_parameter(name.replace("lora_b", "lora_a")).detach()
+    v = directions(llama, ["model.layers.0.self_attn.q_proj"])["model.layers.0.self_attn.q_proj"].float()
+    v = recipe.backbone.checkpointer.network.interleave("q_proj", v)
+    (gradient,) = torch.autograd.grad(0.7 * (b @ a - dense_projector(v) @ b @ a).square().sum(), b)
+    torch.testing.assert_close(recipe.model.get_parameter(name).grad, gradient, rtol=1e-3, atol=1e-5)
+
+    again = recipe_after(tmp_path / "config.yaml", 2, output_dir=str(tmp_path / "two"), optimizer={"lr": 3e-3})
+    wrapped = {"lr": 3e-3}
+    checkpointed = recipe_after(
+        tmp_path / "config.yaml",
+        2,
+        output_dir=str(tmp_path / "three"),
+        optimizer=wrapped,
+        enable_activation_checkpointing=True,
+    )
+    assert again.penalty > 0
+    torch.testing.assert_close(checkpointed.penalty, again.penalty)
+
+
+def test_asft_on_one_process_and_on_two(llama, tmp_path):
+    loss = {"_component_": "pact_tune.objectives.asft", "base": str(llama.parent / "base")}
+    config = config_with(loss, llama, tmp_path)
+    for processes in (1, 2):
+        done = tune_run_processes(
+            config, f"output_dir={tmp_path}/{processes}", f"batch_size={4 // processes}", processes=processes
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = logged(tmp_path / "1", "penalty"), logged(tmp_path / "2", "penalty")
+    assert one == pytest.approx(two, rel=1e-3) and one[-1] > 1e-2
+
+
+@pytest.mark.parametrize("select", [{"select": "number", "number": 3}, {"threshold": -1.0}, {"threshold": 1.0}])
+def test_safelora_projects_what_it_exports(llama, tmp_path, select):
+    """B <- V V^T B / ||V|| in the modules of the smallest cosine; A, the other modules and the weights in training stay."""
+    loss = {"_component_": "pact_tune.objectives.safelora", "base": str(llama.parent / "base"), "select": "threshold"}
+    recipe = moved(loss | select, llama, tmp_path)
+    before = recipe.backbone.gather()
+    recipe.final = {}
+    recipe.save_checkpoint(0)
+    exported, _ = read_adapter(tmp_path / "out" / "epoch_0" / "adapter")
+    trained = recipe.backbone.checkpointer.adapter_to_hf(before)
+    cosines, inside = {}, {}
+    for module, v in directions(llama, trained).items():
+        update = trained[module].b.double() @ trained[module].a.double()
+        inside[module] = dense_projector(v) @ trained[module].b.double()
+        other = inside[module] @ trained[module].a.double()
+        cosines[module] = ((update * other).sum() / update.norm() / other.norm()).item()
+    expected = {3: sorted(cosines, key=cosines.get)[:3], -1.0: [], 1.0: list(cosines)}[
+        select.get("number", select.get("threshold"))
+    ]
+    assert len(trained) == 14 and len(set(cosines.values())) == 14
+    for module in trained:
+        b = inside[module].float() if module in expected else trained[module].b
+        torch.testing.assert_close(exported[module].b, b, rtol=1e-4, atol=1e-6)
+        assert torch.equal(exported[module].a, trained[module].a)
+    after = recipe.backbone.gather()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # the merged checkpoint beside it holds the same
+    merged = load_file(tmp_path / "out" / "epoch_0" / "model.safetensors")
+    base = load_file(llama.parent / "model" / "model.safetensors")
+    module = next(iter(expected or trained))
+    update = 2.0 * exported[module].b @ exported[module].a
+    torch.testing.assert_close(merged[f"{module}.weight"], base[f"{module}.weight"] + update)
+
+
+@pytest.mark.parametrize("method", ["asft", "safelora"])
+def test_a_base_model_that_is_none(llama, workspace, tmp_path, method):
+    for base, words in (
+        (llama.parent / "model", "alignment has no direction there"),
+        (tmp_path, "no config.json"),
+        (tiny_model(tmp_path / "wider", architecture="llama", intermediate_size=80), "is not the base of the one in"),
+    ):
+        config = config_with({"_component_": f"pact_tune.objectives.{method}", "base": str(base)}, llama, tmp_path)
+        with pytest.raises(UserError, match=words) as raised:
+            recipe_after(config, 0, output_dir=str(tmp_path / "out"))
+        assert "loss.base" in str(raised.value)

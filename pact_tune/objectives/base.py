@@ -18,9 +18,14 @@ from transformers import PreTrainedTokenizerBase
 from pact_tune.adapters import Finish
 from pact_tune.conversations import Conversation
 from pact_tune.reference.readings import Nothing, Reading
+from pact_tune.weights import ModelFolder
 
 View = Literal["full", "response_only"]
 Step = list[int]  # row numbers of one optimiser step
+
+
+def _rows_as_they_are(module: str, rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
 
 class Context(NamedTuple):
@@ -31,12 +36,19 @@ class Context(NamedTuple):
         vocab_size (int): rows of the model's output head.
         device (torch.device): where losses are computed.
         weights_hash (str | None): of the frozen aligned model; None where there is no checkpoint.
+        aligned (ModelFolder | None): the checkpoint of the frozen aligned model.
+        adapted (Mapping[str, str]): the modules with an adapter, from the trainer's names to Hugging Face's.
+        own_rows (Callable[[str, torch.Tensor], torch.Tensor]): rows of a module's weight (its name first, Hugging Face's) from
+            Hugging Face's order to the trainer's, which its adapter's B has.
     """
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     device: torch.device = torch.device("cpu")
     weights_hash: str | None = None
+    aligned: ModelFolder | None = None
+    adapted: Mapping[str, str] = {}
+    own_rows: Callable[[str, torch.Tensor], torch.Tensor] = _rows_as_they_are
 
 
 class Chunk(NamedTuple):

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 from torchtune import config, modules, training, utils
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from transformers import PreTrainedTokenizerBase
 
 from pact_tune.adapters import Finish
 from pact_tune.errors import UserError
+from pact_tune.objectives.base import Context
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.checkpoint import constants_of_model
 from pact_tune.torchtune.decoder import TorchtuneDecoder
@@ -59,7 +61,8 @@ class TorchtuneBackbone:
         self.max_seq_len: int = plan.max_seq_len
         self.hidden_size: int = plan.tok_embeddings.embedding_dim
         self.vocab_size: int = self.checkpointer.vocab_size
-        self.has_adapters = bool(lora.modules(plan))
+        self.adapted = {name: self.checkpointer.names.module_to_hf(name) for name in lora.modules(plan)}
+        self.has_adapters = bool(self.adapted)
         self.quantized = lora.quantized_names(plan)
         self._constants = constants_of_model(plan)
 
@@ -78,6 +81,12 @@ class TorchtuneBackbone:
         """Which reference a result was trained against; with QLoRA the quantised base, by torchtune's names."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {"fingerprint": self.reference["weights"], "dtype": dtype, "quantized": self.quantized}
+
+    def context(self, tokenizer: PreTrainedTokenizerBase) -> Context:
+        """What an objective may look at; no weights are loaded for it."""
+        own_rows = self.checkpointer.network.interleave
+        folder, known = self.checkpointer.folder, self.reference["weights"]
+        return Context(tokenizer, self.vocab_size, self.device, known, folder, self.adapted, own_rows)
 
     def load(self, tokenizer: PreTrainedTokenizerBase, trained: Trained | None, seed: int) -> None:
         """Builds the network, with the base weights from the checkpoint; afterwards there are ``model`` and ``decoder``.
@@ -107,6 +116,10 @@ class TorchtuneBackbone:
         lora.fill(model, base, adapter, self.device)
         self.model = model
         self.decoder = TorchtuneDecoder(model, tokenizer.pad_token_id, self.device)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, sharded or not, under the backbone's own names."""
+        return lora.trained_parameters(self.model)
 
     def gather(self) -> Trained:
         """What is trained, whole; all ranks must call it."""

@@ -217,7 +217,7 @@ def load(model: nn.Module, trained: dict[str, torch.Tensor]) -> None:
         trained (dict[str, torch.Tensor]): whole tensors on the CPU, from :func:`gather`.
     """
     with torch.no_grad():
-        for name, parameter in _trained_parameters(model).items():
+        for name, parameter in trained_parameters(model).items():
             value = trained[name].to(parameter.device)
             if isinstance(parameter, DTensor):
                 value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
@@ -226,12 +226,13 @@ def load(model: nn.Module, trained: dict[str, torch.Tensor]) -> None:
 
 def gather(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is trained, whole and copied to the CPU, under the names of an unwrapped model; all ranks must call it."""
-    trained = {name: parameter.detach() for name, parameter in _trained_parameters(model).items()}
+    trained = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
     whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.items()}
     return {name: tensor.cpu().clone() for name, tensor in whole.items()}
 
 
-def _trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, sharded or not, under the names of an unwrapped model."""
     # Not from state_dict(), which would dequantise a QLoRA model's base weights on the way.
     return {unwrapped(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
