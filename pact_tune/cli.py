@@ -21,6 +21,7 @@ COMMANDS = {
     ("evaluate",): ("pact_tune.tools.evaluate", "ask models the benchmarks, judge the answers, compare"),
     ("audit",): ("pact_tune.tools.audit", "which training rows the aligned model itself would have refused"),
     ("compare",): ("pact_tune.tools.compare", "evaluations side by side: table and page"),
+    ("smollm2", "prepare"): ("pact_tune.tools.smollm2", "get, import and align SmolLM2, and measure its safety tokens"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
     ("tokens", "from-templates"): (
         "pact_tune.tools.safety_tokens_from_templates",
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     log.setup()
-    group = argv[:1] in (["tokens"], ["cache"])
+    group = argv[:1] in (["tokens"], ["cache"], ["smollm2"])
     if argv[group:] in ([], ["-h"], ["--help"]):
         print(_usage())
         return 0
