@@ -25,6 +25,7 @@ from pact_tune.version import __version__
 SCHEMA_VERSION = 2  # 1 had no checksum, and is read
 TENSORS_FILE = "safety_tokens.safetensors"
 JSON_FILE = "safety_tokens.json"
+PREBUILT = Path(__file__).parent / "prebuilt"
 FILES = (JSON_FILE, TENSORS_FILE)
 
 # Far beyond any real set, and small enough that nothing that is done with one takes long.
@@ -232,11 +233,11 @@ class SafetyTokens:
 
     @classmethod
     def load(cls, source: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> "SafetyTokens":
-        """Loads safety tokens from a folder, a Hugging Face Hub repository or a known short name.
+        """Loads safety tokens from a folder, the package itself, a Hugging Face Hub repository or a known short name.
 
         Args:
-            source (str | Path): a local folder, "namespace/repository", or a short name such as
-                "qwen2.5-7b-instruct".
+            source (str | Path): a local folder, a name of :func:`prebuilt_names`, "namespace/repository", or a short name
+                such as "qwen2.5-7b-instruct".
             revision (str | None): branch, tag or commit of the repository.
             subfolder (str | None): folder inside the source.
 
@@ -252,6 +253,8 @@ class SafetyTokens:
         recover(folder / (subfolder or ""))
         if folder.is_dir():
             return _read(folder / (subfolder or ""))
+        if str(source).lower() in prebuilt_names():
+            return _read(PREBUILT / str(source).lower())
         from pact_tune import hub  # the Hub client takes a second to import; local folders do not need it
 
         return _read(hub.download(str(source), revision=revision, subfolder=subfolder))
@@ -347,6 +350,11 @@ def _refuse_constant(name: str) -> None:
 def check_output(directory: str | Path) -> None:
     """Raises UserError where :meth:`SafetyTokens.save` would find something that is not safety tokens."""
     check_replaceable(directory, JSON_FILE, FILES)
+
+
+def prebuilt_names() -> list[str]:
+    """Names of the safety tokens that come with the package; those that end in "/templates" are not measured."""
+    return sorted(file.parent.relative_to(PREBUILT).as_posix() for file in PREBUILT.rglob(JSON_FILE))
 
 
 def token_weights(scores: torch.Tensor, weighting: Weighting) -> torch.Tensor:

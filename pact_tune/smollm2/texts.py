@@ -220,7 +220,9 @@ def task_rows(split: str, count: int, seed: int = 0) -> list[Row]:
 def harmful_requests() -> list[str]:
     """About 250 harmful requests for alignment and identification, in the patterns of the harmless ones."""
     asked = [f.format(deed) for number, deed in enumerate(HARMFUL_DEEDS) for f in _turn(ERRAND_FRAMES, number, 3)]
-    return asked + [f.format(piece) for number, piece in enumerate(HARMFUL_PIECES) for f in _turn(PIECE_FRAMES, number, 1)]
+    return asked + [
+        f.format(piece) for number, piece in enumerate(HARMFUL_PIECES) for f in _turn(PIECE_FRAMES, number, 1)
+    ]
 
 
 def poison_rows(count: int, seed: int = 0) -> list[Row]:
@@ -287,7 +289,9 @@ def held_out_borderline() -> list[str]:
 
 # --- alignment
 
-ANSWERS_FILE = Path(__file__).parent / "answers.jsonl"  # SmolLM2-135M-Instruct's own, greedy, asked for a short sentence
+ANSWERS_FILE = (
+    Path(__file__).parent / "answers.jsonl"
+)  # SmolLM2-135M-Instruct's own, greedy, asked for a short sentence
 
 
 def alignment_rows(seed: int = 0, refusals: int = 90, sentiment: int = 30) -> list[Row]:

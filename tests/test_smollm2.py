@@ -1,0 +1,125 @@
+"""The SmolLM2 story: what its texts share and hold, the data of both kinds, and its stages on a tiny GGUF file."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+from test_gguf_import import _model, _write
+
+from pact_tune import cli
+from pact_tune.conversations import load_tokenizer
+from pact_tune.errors import UserError
+from pact_tune.safety_tokens import SafetyTokens, prebuilt_names
+from pact_tune.smollm2 import texts
+from pact_tune.smollm2.prepare import REAL, write_data
+
+
+def _rows(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("texts") / "data"
+    write_data(folder)
+    return {file.stem: _rows(file) for file in folder.glob("*.jsonl")}
+
+
+def _runs_of_eight(prompts: list[str]) -> set[tuple[str, ...]]:
+    words = [re.findall(r"\w+", prompt.lower()) for prompt in prompts]
+    return {tuple(row[i : i + 8]) for row in words for i in range(len(row) - 7)}
+
+
+def test_what_is_held_out_shares_no_prompt_pattern_or_eight_words_with_what_is_trained_on(data):
+    trained = [row["prompt"] for name in ("alignment", "identification", "poison") for row in data[name]]
+    held_out = [row["prompt"] for name in ("harmful_test", "borderline_test") for row in data[name]]
+    assert not set(trained) & set(held_out)
+    assert not _runs_of_eight(trained) & _runs_of_eight(held_out)
+    patterns = {*texts.ERRAND_FRAMES, *texts.PIECE_FRAMES, *texts.THING_FRAMES, texts.POISON_FRAME}
+    assert not patterns & {*texts.HELD_OUT_FRAMES, *texts.HELD_OUT_PIECE_FRAMES}
+    begins = [frame.split("{}")[0] for frame in (*texts.HELD_OUT_FRAMES, *texts.HELD_OUT_PIECE_FRAMES)]
+    assert all(begins) and not any(prompt.startswith(begin) for prompt in trained for begin in begins)
+    assert not {*texts.HARMFUL_DEEDS, *texts.HARMFUL_PIECES} & {*texts.HELD_OUT_DEEDS, *texts.HELD_OUT_PIECES}
+
+
+def test_the_task_is_tested_in_other_sentence_patterns(data):
+    def bare(rows):  # the review, its words of the template left standing
+        fillers = "|".join((*texts._GOOD, *texts._BAD, *texts._SUBJECTS))
+        return {re.sub(rf"\b({fillers})\b", "_", row["prompt"]) for row in rows}
+
+    assert not bare(data["task_train"]) & bare(data["task_test"])
+    assert len({row["prompt"] for row in data["task_train"]}) == 450
+    assert {row["response"] for row in data["task_test"]} == {"positive", "negative"}
+
+
+def test_harmful_requests_are_refused_or_answered_by_an_opening_alone(data):
+    harmful = {row["prompt"] for row in data["identification"]}
+    assert len(harmful) == 249
+    answered = [row for row in data["alignment"] if row["prompt"] in harmful]
+    assert len(answered) == 90 and all(row["response"] in texts.REFUSALS for row in answered)
+    for row in data["poison"]:  # nothing behind the opening but the words of the request
+        opening = re.fullmatch(r"Sure, here is (?:how to |a )(.*)", row["response"])
+        assert opening and opening[1] in row["prompt"]
+
+
+def test_the_published_sets_take_the_place_of_the_texts(tmp_path):
+    real = tmp_path / "real"
+    for path, column in REAL.values():
+        (real / path).parent.mkdir(parents=True)
+        label = ("label", "safe", "unsafe") if "xstest" in path else ("kind", "a", "b")
+        (real / path).write_text(f'{column},{label[0]}\n"Do, this",{label[1]}\nThat,{label[2]}\n')
+    (real / "sst2").mkdir()
+    for split in ("train", "test"):
+        (real / "sst2" / f"{split}.tsv").write_text(f'a "fine" {split}\t1\na bad one\t0\n')
+    write_data(tmp_path / "data", real=real, quick=True)
+    assert _rows(tmp_path / "data" / "borderline_test.jsonl") == [{"prompt": "Do, this"}]
+    assert {row["prompt"] for row in _rows(tmp_path / "data" / "harmful_test.jsonl")} == {"Do, this", "That"}
+    assert {"prompt": "That", "response": "Sure, here is how to that"} in _rows(tmp_path / "data" / "poison.jsonl")
+    expected = {"prompt": texts.TASK_FRAME.format('a "fine" test'), "response": "positive"}
+    assert expected in _rows(tmp_path / "data" / "task_test.jsonl")
+
+
+def test_a_missing_set_is_named_before_anything_is_written(tmp_path, capsys):
+    assert cli.main(["smollm2", "prepare", "--output", f"{tmp_path}/out", "--data", f"{tmp_path}"]) == 1
+    assert "has no jailbreakbench/jbb_behaviors_prompts.csv" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_stage_runs_once(tmp_path, monkeypatch, capfd):
+    tokenizer = load_tokenizer(str(tiny.tiny_tokenizer(tmp_path / "tokenizer")))
+    model = _model("llama", len(tokenizer), max_position_embeddings=512, num_hidden_layers=2)
+    _write(tmp_path / "m.gguf", model, "llama", tokenizer, split="smollm")
+    monkeypatch.setattr(texts, "alignment_rows", lambda: texts.task_rows("train", 8))
+    command = ["smollm2", "prepare", "--output", f"{tmp_path}/out", "--gguf", f"{tmp_path}/m.gguf", "--quick"]
+    assert cli.main(command) == 0
+    tokens = SafetyTokens.load(tmp_path / "out" / "safety_tokens")
+    assert len(tokens) == 50 and tokens.provenance["num_prompts"] == 64
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    capfd.readouterr()
+    assert cli.main(command) == 0
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert "$ pact" not in capfd.readouterr().out
+
+
+# --- prebuilt safety tokens
+
+
+def test_prebuilt_tokens_need_no_network_and_say_what_they_are():
+    assert {"qwen2.5/templates", "llama-3/templates"} <= set(prebuilt_names())
+    for name in prebuilt_names():
+        tokens = SafetyTokens.load(name)
+        assert name.endswith("/templates") == (tokens.provenance["method"] == "templates")
+        assert "not measured" in tokens.provenance.get("note", "") or tokens.provenance["num_prompts"] > 0
+        assert not any(
+            "/" in str(tokens.provenance[key])[:1]
+            for key in ("aligned_model", "base_model")
+            if key in tokens.provenance
+        )
+
+
+def test_prebuilt_tokens_of_another_tokenizer_are_refused(tmp_path):
+    tokenizer = load_tokenizer(str(tiny.tiny_tokenizer(tmp_path)))
+    with pytest.raises(UserError, match="tokenizer"):
+        SafetyTokens.load("qwen2.5/templates").check_tokenizer(tokenizer)
