@@ -73,7 +73,7 @@ def _write(file: Path, model, family: str, tokenizer, *, tied=True, kind="F32", 
     writer.add_token_types([3 if token in tokenizer.all_special_tokens else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
     writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_eot_token_id(tokenizer.convert_tokens_to_ids("<|pad|>"))
+    writer.add_eot_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
     for add, value in (extra or {}).items():
         getattr(writer, add)(value)

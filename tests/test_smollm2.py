@@ -92,10 +92,11 @@ def test_every_stage_runs_once(tmp_path, monkeypatch, capfd):
     model = _model("llama", len(tokenizer), max_position_embeddings=512, num_hidden_layers=2)
     _write(tmp_path / "m.gguf", model, "llama", tokenizer, split="smollm")
     monkeypatch.setattr(texts, "alignment_rows", lambda: texts.task_rows("train", 8))
+    monkeypatch.setattr(texts, "harmful_requests", lambda: texts.held_out_harmful()[:4])
     command = ["smollm2", "prepare", "--output", f"{tmp_path}/out", "--gguf", f"{tmp_path}/m.gguf", "--quick"]
     assert cli.main(command) == 0
     tokens = SafetyTokens.load(tmp_path / "out" / "safety_tokens")
-    assert len(tokens) == 50 and tokens.provenance["num_prompts"] == 64
+    assert len(tokens) == 50 and tokens.provenance["num_prompts"] == 4
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
     capfd.readouterr()
     assert cli.main(command) == 0
