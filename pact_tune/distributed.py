@@ -1,9 +1,11 @@
 """Runs on several processes."""
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -24,7 +26,7 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
 
     Returns:
         int | str | None: what the process exits with: None, the message of a user error, or 128 + a signal's number. With
-        several processes a success does not return: it ends the process.
+        several processes neither a success nor a user error returns: it ends the process.
     """
     rank = log.rank()
     try:
@@ -40,13 +42,26 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
         # Every rank meets the same error; one says it. torchrun ends all with the first that fails: let that be rank 0.
         if rank:
             time.sleep(SECONDS_FOR_RANK_0)
-        return f"pact_lora_finetune: {error}"
+        return _end(f"pact_lora_finetune: {error}")
     except Interrupted as error:
         log.logger.info(error)
         return error.code
     except KeyboardInterrupt:
         return 130
     return None
+
+
+def _end(message: str) -> str:
+    """Ends a process that torchrun started, so that a message stands at the end of what is written; else returns it.
+
+    torchrun writes twenty lines about a process that failed, and ends them with what it finds in its error file.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not file:
+        return message
+    reply = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
+    Path(file).write_text(json.dumps(reply))
+    _exit(1)
 
 
 def finish() -> NoReturn:
@@ -58,6 +73,10 @@ def finish() -> NoReturn:
     """
     dist.barrier()
     dist.destroy_process_group()
+    _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)

@@ -118,14 +118,15 @@ def check_replaceable(path: str | os.PathLike, marker: str | None, names: Collec
     Args:
         path (str | os.PathLike): may be missing, or an empty folder.
         marker (str | None): the file by which a folder is known as ours; None: only an empty folder is replaced.
-        names (Collection[str]): patterns of everything that may lie in such a folder.
+        names (Collection[str]): patterns of all files that may lie in such a folder, relative to it ("adapter/x.json").
     """
     path = Path(path)
     if not os.path.lexists(path):
         return
     if not path.is_dir():
         raise UserError(f"'{path}' exists and is no folder: move it away, or choose another place.")
-    found = sorted(entry.name for entry in path.iterdir())
+    files = (entry for entry in path.rglob("*") if entry.is_symlink() or not entry.is_dir())
+    found = sorted(entry.relative_to(path).as_posix() for entry in files)
     if not found:
         return
     if marker is None or marker not in found:

@@ -13,6 +13,7 @@ from pathlib import Path
 from pact_tune.errors import UserError
 from pact_tune.files import check_replaceable, remove_folder
 from pact_tune.log import logger
+from pact_tune.stamp import result_names
 
 LOCK_FILE = ".pact.lock"
 # What file systems without locks answer.
@@ -100,7 +101,7 @@ def claim_results(folder: str | os.PathLike, pattern: str, marker: str, overwrit
     """
     found = sorted(path for path in Path(folder).glob(pattern) if path.is_dir())
     for path in found:
-        check_replaceable(path, marker)
+        check_replaceable(path, marker, result_names(path))
     if found and not overwrite:
         raise UserError(
             f"'{folder}' holds the results of another run ({', '.join(path.name for path in found)}): choose another "

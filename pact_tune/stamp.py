@@ -4,6 +4,7 @@ So a result can be told from one made without the constraint, and from one that 
 signature: whoever changes a file can write a new stamp, too.
 """
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterable
@@ -90,6 +91,21 @@ def check_files(folder: Path, stamp: dict[str, Any]) -> None:
     added = [name for name in found if name not in expected and not name.endswith((".md", "LICENSE", "NOTICE"))]
     if added:
         raise UserError(f"'{folder / sorted(added)[0]}' was added after {STAMP_FILE} was written: remove it.")
+
+
+def result_names(folder: Path) -> list[str]:
+    """What a result that lies there consists of, as patterns for :func:`pact_tune.files.check_replaceable`.
+
+    Args:
+        folder (Path): a result; may be missing.
+
+    Returns:
+        list[str]: the stamp and what it lists; the stamp alone where there is none, or where it cannot be trusted.
+    """
+    try:
+        return [STAMP_FILE, *map(glob.escape, read_stamp(folder)["files"])]
+    except UserError:
+        return [STAMP_FILE]
 
 
 def _files(folder: Path) -> list[str]:

@@ -13,6 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pact_tune import log
+
+if __name__ == "__main__":
+    log.quiet_torchao()  # before torchtune, and torchao with it, is imported
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
@@ -24,7 +29,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 
-from pact_tune import log
 from pact_tune.batching import collate
 from pact_tune.conversations import response_only_prefix, show
 from pact_tune.distributed import run_ranks

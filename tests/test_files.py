@@ -18,6 +18,7 @@ from pact_tune import files
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, atomic_folder, check_space, leftovers, recover, remove_partial
 from pact_tune.run_lock import claim_results, run_lock
+from pact_tune.stamp import STAMP_FILE, write_stamp
 
 HEX = "0123456789abcdef"
 
@@ -305,15 +306,22 @@ def test_a_second_run_is_told_who_holds_the_folder_until_it_dies(tmp_path):
 
 def test_results_of_another_run_are_refused_or_overwritten(tmp_path):
     for epoch in range(3):
-        write(tmp_path / f"epoch_{epoch}", "old", marker="mine.json")
-    claim_results(tmp_path / "missing", "epoch_*", "mine.json")
+        (tmp_path / f"epoch_{epoch}" / "adapter").mkdir(parents=True)
+        (tmp_path / f"epoch_{epoch}" / "adapter" / "adapter_config.json").write_text("{}")
+        write_stamp(tmp_path / f"epoch_{epoch}", {})
+    claim_results(tmp_path / "missing", "epoch_*", STAMP_FILE)
     with pytest.raises(UserError, match="epoch_0, epoch_1, epoch_2.*resume_from_checkpoint=True"):
-        claim_results(tmp_path, "epoch_*", "mine.json")
+        claim_results(tmp_path, "epoch_*", STAMP_FILE)
+    for note in ("notes.txt", "adapter/notes.txt", ".hidden"):
+        (tmp_path / "epoch_1" / note).write_text("precious")
+        with pytest.raises(UserError, match=f"holds '{note}', which was not written"):
+            claim_results(tmp_path, "epoch_*", STAMP_FILE, overwrite=True)
+        (tmp_path / "epoch_1" / note).unlink()
     (tmp_path / "epoch_notes").mkdir()
     (tmp_path / "epoch_notes" / "n.txt").write_text("precious")
     with pytest.raises(UserError, match="was not written by this command"):
-        claim_results(tmp_path, "epoch_*", "mine.json", overwrite=True)
+        claim_results(tmp_path, "epoch_*", STAMP_FILE, overwrite=True)
     assert len(os.listdir(tmp_path)) == 4
     (tmp_path / "epoch_notes").rename(tmp_path / "notes")
-    claim_results(tmp_path, "epoch_*", "mine.json", overwrite=True)
+    claim_results(tmp_path, "epoch_*", STAMP_FILE, overwrite=True)
     assert os.listdir(tmp_path) == ["notes"]

@@ -351,6 +351,9 @@ def test_user_errors_end_real_processes_with_one_line(workspace, tmp_path):
         result = tune_run_processes(workspace, f"output_dir={tmp_path}", "bacth_size=3", processes=processes)
         assert result.returncode != 0
         assert result.stderr.count("did you mean 'batch_size'?") == 1
+        # the last thing on the screen, also below what torchrun writes of a process that failed
+        last = [line for line in result.stderr.splitlines() if line.strip("= ")][-1]
+        assert "did you mean 'batch_size'?" in last
 
 
 def test_config_names_are_found_from_any_folder_and_near_misses_named(tmp_path):

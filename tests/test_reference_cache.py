@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from recipe import count_reference_rows, logged, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file
 
-from pact_tune import ReferenceCache, UserError, cli
+from pact_tune import ReferenceCache, UserError, cli, log
 from pact_tune.conversations import Conversation
 from pact_tune.reference import cache as reference_cache
 from pact_tune.reference.cache import is_damaged, shards_of
@@ -148,19 +148,20 @@ def test_any_flipped_byte_is_found_and_mended(recipe, tmp_path, capsys):
         assert cli.main(["cache", "verify", "--directory", str(tmp_path / "cache")]) == 1
         assert f"damaged: {shard}" in capsys.readouterr().out
     mended = fill(made, tmp_path / "cache")
-    assert capsys.readouterr().out.count("is damaged; it is removed and will be computed again") == 6
+    assert capsys.readouterr().err.count("is damaged; it is removed and will be computed again") == 6
     assert content(mended) == before
     assert cli.main(["cache", "verify", "--directory", str(tmp_path / "cache")]) == 0
 
 
 def test_truncated_and_empty_shards_are_found(tmp_path, capsys):
+    log.setup()
     rows = [conversation(1, 2, 3), conversation(4, 5, 6)]
     cache = filled(tmp_path, rows)
     (shard,) = shards_of(cache.directory)
     for size in (0, 5, 200, shard.stat().st_size - 1):
         shard.write_bytes(shard.read_bytes()[:size])
         assert ReferenceCache(tmp_path, REFERENCE).plan(rows) != []
-        assert "is damaged" in capsys.readouterr().out
+        assert "is damaged" in capsys.readouterr().err
         filled(tmp_path, rows)
 
 

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from pact_tune import cli
 from pact_tune.conversations import Conversation
+from pact_tune.errors import UserError
 from pact_tune.reference.readings import Columns
-from pact_tune.stamp import write_stamp
+from pact_tune.stamp import check_files, read_stamp, write_stamp
 from pact_tune.tools.verify import verify
 from pact_tune.torchtune.checkpoint import HFCheckpointer
 from pact_tune.torchtune.decoder import TorchtuneDecoder
@@ -194,3 +195,23 @@ def test_saving_moves_neither_base_weights_nor_the_reference(workspace, tmp_path
     assert tune_run(monkeypatch, workspace, *arguments) is None
     assert len(saves) == 3  # and training has not moved them either
     assert all(torch.equal(saves[0][name], saves[2][name]) for name in saves[0])
+
+
+def test_a_merge_keeps_the_stamp_and_replaces_only_an_earlier_merge(result, tmp_path, capsys):
+    command = ["merge", str(result / "adapter"), "--output"]
+    for _ in range(2):
+        assert cli.main([*command, str(tmp_path / "merged")]) == 0
+    assert verify(tmp_path / "merged", rows=4)["kl"] == pytest.approx(verify(result, rows=4)["kl"], rel=1e-3)
+    own = copy_of(result, tmp_path)
+    (tmp_path / "merged" / "notes.txt").write_text("precious")
+    for output, words in (("copy", "result of a training run"), ("merged", "notes.txt")):
+        capsys.readouterr()
+        assert cli.main([*command, str(tmp_path / output)]) == 1
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1
+    assert (tmp_path / "merged" / "notes.txt").read_text() == "precious"
+    check_files(own, read_stamp(own))
+    (tmp_path / "merged" / "notes.txt").unlink()
+    rewrite(tmp_path / "merged" / "model.safetensors", alter_first)
+    with pytest.raises(UserError, match="is not the file"):
+        verify(tmp_path / "merged")

@@ -7,8 +7,9 @@ import torch
 
 from pact_tune.adapters import check_fits, merge_folder, read_adapter
 from pact_tune.errors import UserError
-from pact_tune.files import atomic_folder
-from pact_tune.stamp import STAMP_FILE, check_files, read_stamp
+from pact_tune.files import atomic_folder, check_replaceable
+from pact_tune.stamp import STAMP_FILE, check_files, read_stamp, result_names, write_stamp
+from pact_tune.version import __version__
 from pact_tune.weights import ModelFolder, through_nf4
 
 
@@ -22,14 +23,16 @@ def main(argv: list[str] | None = None) -> int:
         int: 0.
 
     Raises:
-        UserError: no adapter there, one of another model, or an output that exists.
+        UserError: no adapter there, one of another model, or an output that is no earlier merge.
     """
     parser = argparse.ArgumentParser(prog="pact merge", description=__doc__)
     parser.add_argument("adapter", type=Path, help="folder of a LoRA or DoRA adapter in PEFT's format")
     parser.add_argument(
         "--base", help="folder of the model that it was trained on; default: the one that pact.json names"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; an earlier merge there is replaced"
+    )
     args = parser.parse_args(argv)
     merge(args.adapter, args.base, args.output)
     print(f"Merged {args.adapter} into {args.output}")
@@ -45,10 +48,9 @@ def merge(adapter_folder: Path, base: str | None, output: Path) -> None:
         output (Path): the folder to write; appears whole or not at all.
 
     Raises:
-        UserError: no adapter there, one of another model, or an output that exists.
+        UserError: no adapter there, one of another model, or an output that is no earlier merge.
     """
-    if output.exists():
-        raise UserError(f"'{output}' exists already: name another --output, or remove it.")
+    _check_output(output)
     adapter, spec = read_adapter(adapter_folder)
     stamp = read_stamp(adapter_folder) if (adapter_folder / STAMP_FILE).is_file() else {}
     if stamp:
@@ -71,5 +73,14 @@ def merge(adapter_folder: Path, base: str | None, output: Path) -> None:
         dtype = getattr(torch, stamp["reference"]["dtype"])
         return through_nf4(weight, name.removesuffix(".weight"), folder.network, dtype)
 
-    with atomic_folder(output) as aside:
+    with atomic_folder(output, STAMP_FILE, result_names(output)) as aside:
         merge_folder(aside, folder, adapter, spec, prepare)
+        made = {"pact_tune": __version__, "merged_from": adapter_folder.resolve().name}
+        write_stamp(aside, {**stamp, **made, "base": str(folder.directory.resolve())})
+
+
+def _check_output(output: Path) -> None:
+    """Raises UserError where something else than an earlier merge lies."""
+    check_replaceable(output, STAMP_FILE, result_names(output))
+    if (output / STAMP_FILE).is_file() and "merged_from" not in read_stamp(output):
+        raise UserError(f"'{output}' is the result of a training run: choose another --output.")

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pact_tune.adapters import CONFIG, WEIGHTS, LoRASpec, check_fits, merged, read_adapter
@@ -17,6 +16,7 @@ from pact_tune.conversations import Conversation, load_tokenizer
 from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
 from pact_tune.fingerprints import fingerprint
+from pact_tune.log import progress
 from pact_tune.stamp import check_files, read_stamp
 from pact_tune.weights import ModelFolder, through_nf4
 
@@ -85,6 +85,10 @@ def verify(
     if rows < 1:
         raise UserError("--rows must be at least 1.")
     stamp = read_stamp(directory)
+    if "loss" not in stamp:
+        raise UserError(
+            f"'{directory}' holds an adapter merged that has no stamp of pact-tune: nothing is known of its training."
+        )
     if not stamp["loss"]["constrained"]:
         raise UserError(
             f"The result in '{directory}' was trained without the constraint (method '{stamp['loss']['method']}'): train "
@@ -103,9 +107,10 @@ def verify(
         for name in stamp.get("nf4", ())
     }
     whole = (directory / "config.json").is_file()
-    changed = (
-        _check_adapter(directory, stamp, folder, replaced) if stamp["adapter"] else _check_weights(directory, stamp)
-    )
+    changed: dict[str, torch.Tensor] = {}  # a merge has its adapter no more: hashes of its files are what is checked
+    if "merged_from" not in stamp:
+        check = _check_adapter if stamp["adapter"] else _check_weights
+        changed = check(directory, stamp, folder, replaced)
 
     conversations = _sample(stamp, folder.directory, data, rows, columns)
     reference = _logprobs(_load(folder.directory, dtype, replaced), conversations, "Reference")
@@ -146,7 +151,7 @@ class _Overlay(dict[str, torch.Tensor]):
         return self._folder[name]
 
 
-def _check_weights(directory: Path, stamp: dict[str, Any]) -> dict[str, torch.Tensor]:
+def _check_weights(directory: Path, stamp: dict[str, Any], *_: object) -> dict[str, torch.Tensor]:
     """The weights of a full fine-tuning, after checking them."""
     found = dict(ModelFolder(directory, "the result"))
     if broken := [name for name, weight in found.items() if not weight.isfinite().all()]:
@@ -201,7 +206,7 @@ def _component(path: str) -> Any:
 def _logprobs(model: PreTrainedModel, conversations: list[Conversation], name: str) -> list[torch.Tensor]:
     """Log-probabilities at the first response positions of each conversation, ``[n, V]`` float32 on the CPU."""
     parts = []
-    for conversation in tqdm(conversations, desc=name, unit="row", leave=False):
+    for conversation in progress(conversations, desc=name, unit="row", leave=False):
         start, end = conversation.responses[0]
         end = min(end, start + MAX_TOKENS)
         logits = model(torch.tensor([conversation.tokens[:end]], device=model.device)).logits[0, start - 1 : end - 1]

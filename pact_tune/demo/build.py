@@ -13,10 +13,11 @@ import pathlib
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 
+from pact_tune import log
 from pact_tune.conversations import render
 from pact_tune.demo import generator
+from pact_tune.log import progress
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
@@ -97,22 +98,23 @@ def pad_batch(pairs, pad_id):
     return ids, labels, mask
 
 
-def train(model, encoded, learning_rate, pad_id, progress):
-    """Train all weights for one pass over `encoded` (one-cycle learning rate, AdamW)."""
+def train(model, encoded, learning_rate, pad_id, name):
+    """Train all weights for one pass over `encoded` (one-cycle learning rate, AdamW); `name` is for the progress bar."""
     batches = [encoded[i : i + BATCH_SIZE] for i in range(0, len(encoded), BATCH_SIZE)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, len(batches), pct_start=0.1)
     model.train()
-    for pairs in batches:
-        ids, labels, mask = pad_batch(pairs, pad_id)
-        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-        progress.update()
+    with progress(total=len(batches), desc=name, unit="step") as bar:
+        for pairs in batches:
+            ids, labels, mask = pad_batch(pairs, pad_id)
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            bar.set_postfix_str(f"loss {loss.item():.3f}")
+            bar.update(1)
     model.eval()
 
 
@@ -141,12 +143,10 @@ def build_demo_family(output_dir, seed=0):
     tokenizer = build_tokenizer(base_rows[:4000] + aligned_rows[:2000])
     model = build_model(tokenizer, seed)
     pad_id = tokenizer.pad_token_id
-    with tqdm(total=BASE_STEPS + ALIGNED_STEPS, desc="base model") as progress:
-        train(model, encode(tokenizer, base_rows, response_only=False), 4e-3, pad_id, progress)
-        save(model, tokenizer, folder / "base")
-        progress.set_description("aligned model")
-        train(model, encode(tokenizer, aligned_rows, response_only=True), 1e-3, pad_id, progress)
-        save(model, tokenizer, folder / "aligned")
+    train(model, encode(tokenizer, base_rows, response_only=False), 4e-3, pad_id, "Base model")
+    save(model, tokenizer, folder / "base")
+    train(model, encode(tokenizer, aligned_rows, response_only=True), 1e-3, pad_id, "Aligned model")
+    save(model, tokenizer, folder / "aligned")
     generator.write_demo_data(folder / "data", seed=0)
     return folder
 
@@ -157,6 +157,7 @@ def main():
     parser.add_argument("output_dir", type=pathlib.Path, help="folder for base/ and aligned/")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    log.setup()
     print(build_demo_family(arguments.output_dir, arguments.seed))
 
 

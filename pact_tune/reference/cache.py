@@ -15,6 +15,7 @@ a cache at a time, and one that is killed loses the shard it was at.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import os
@@ -34,6 +35,7 @@ from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
 from pact_tune.fingerprints import fingerprint
+from pact_tune.log import EVERY_RANK, logger
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 FORMAT = 2
@@ -145,7 +147,7 @@ class ReferenceCache:
             tensors, _ = _open_shard(shard)
         except FileNotFoundError:  # another process has just removed it
             return
-        except SafetensorError:
+        except (SafetensorError, OSError):
             self._discard(shard)
             return
         offsets = tensors["offsets"].tolist()
@@ -292,7 +294,9 @@ class ReferenceCache:
 
     @staticmethod
     def _discard(shard: Path) -> None:
-        print(f"Reference cache: {shard} is damaged; it is removed and will be computed again.", flush=True)
+        logger.warning(
+            f"Reference cache: {shard} is damaged; it is removed and will be computed again.", extra=EVERY_RANK
+        )
         shard.unlink(missing_ok=True)
 
 
@@ -321,7 +325,7 @@ class Summary:
 
 def summaries(root: Path) -> list[Summary]:
     """All references below ``root``, the most recently used first; other processes may remove some meanwhile."""
-    found = (_summary(manifest.parent) for manifest in root.glob(f"*/{MANIFEST}"))
+    found = (_summary(directory) for directory in _entries(root) if (directory / MANIFEST).is_file())
     return sorted((summary for summary in found if summary is not None), key=lambda s: -s.last_used)
 
 
@@ -349,7 +353,7 @@ def _summary(directory: Path) -> Summary | None:
 
 def _size(directory: Path) -> int:
     size = 0
-    for file in directory.glob("*"):
+    for file in _entries(directory):
         with contextlib.suppress(FileNotFoundError):  # another process has just renamed or removed it
             size += file.stat().st_size
     return size
@@ -382,14 +386,22 @@ def prune(root: Path, max_gb: float | None = None, older_than_days: float | None
 
 def shards_of(directory: Path) -> list[Path]:
     """The finished shards of one reference."""
-    return sorted(directory.glob("shard-*.safetensors"))
+    return sorted(file for file in _entries(directory) if fnmatch.fnmatchcase(file.name, "shard-*.safetensors"))
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What lies in a folder; nothing once another process has removed it, at whatever moment (Path.glob may raise then)."""
+    try:
+        return [directory / name for name in os.listdir(directory)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def is_damaged(shard: Path) -> bool:
-    """Reads a whole shard and compares its checksum."""
+    """Reads a whole shard and compares its checksum; one that another process has just removed counts as damaged."""
     try:
         tensors, checksum = _open_shard(shard)
-    except SafetensorError:
+    except (SafetensorError, OSError):
         return True
     return checksum != fingerprint(tensors)
 
@@ -402,7 +414,9 @@ def batches_of(conversations: Sequence[Conversation]) -> list[list[Conversation]
 
 def _remove_leftovers(directory: Path) -> None:
     """Removes what processes killed in the middle of writing a shard have left."""
-    for file in directory.glob(".*.partial"):
+    for file in _entries(directory):
+        if not fnmatch.fnmatchcase(file.name, ".*.partial"):
+            continue
         with contextlib.suppress(OSError):  # renamed by the process that writes it, or on a read-only mount
             if time.time() - file.stat().st_mtime > LEFTOVER_SECONDS:
                 file.unlink()

@@ -27,7 +27,7 @@ from pact_tune.errors import UserError, unknown_key
 from pact_tune.families import Network, rope_scaling, rounded
 from pact_tune.files import atomic_folder
 from pact_tune.fingerprints import fingerprint
-from pact_tune.stamp import STAMP_FILE, write_stamp
+from pact_tune.stamp import STAMP_FILE, result_names, write_stamp
 from pact_tune.torchtune import gemma2
 from pact_tune.weights import ModelFolder, through_nf4
 
@@ -315,7 +315,7 @@ class HFCheckpointer:
                 return weight
             return through_nf4(weight, weight_name.removesuffix(".weight"), self.network, dtype)
 
-        with atomic_folder(directory, marker=STAMP_FILE) as folder:
+        with atomic_folder(directory, STAMP_FILE, result_names(directory)) as folder:
             if spec is None:
                 weights = self.to_hf(trained)
                 save_torch_state_dict(weights, folder)
