@@ -162,6 +162,7 @@ class RecipeSettings:
     checkpoint_dir: PathText | None = None  # read by other keys as ${checkpoint_dir}, not by the recipe
     base_dir: PathText | None = None  # the base model of the aligned one; methods read it as ${base_dir}
     resume_from_checkpoint: bool = False
+    overwrite: bool = False  # delete the results of another run in output_dir
     seed: Seed = 0
     shuffle: bool = True
     batch_by_length: bool = True

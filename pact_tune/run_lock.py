@@ -10,10 +10,13 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from pact_tune.errors import UserError
-from pact_tune.files import check_replaceable, remove_folder
+from pact_tune.files import check_replaceable, remove_folder, remove_partial
 from pact_tune.log import logger
-from pact_tune.stamp import result_names
+from pact_tune.run_state import STATE_FILE
+from pact_tune.stamp import STAMP_FILE, result_names
 
 LOCK_FILE = ".pact.lock"
 # What file systems without locks answer.
@@ -46,6 +49,27 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)  # while it is held, so that nobody holds a file without a name
         os.close(handle)
+
+
+@contextlib.contextmanager
+def claim_output(cfg: DictConfig, rank: int) -> Iterator[None]:
+    """Keeps a run's output folder for it: no other run writes there, and no other's results lie among its own.
+
+    Args:
+        cfg (DictConfig): the complete config of a recipe.
+        rank (int): of this process; rank 0 acts for all.
+
+    Raises:
+        UserError: another run writes there, or has left results and ``overwrite`` is not set.
+    """
+    if rank:
+        yield
+        return
+    with run_lock(cfg.output_dir):
+        remove_partial(cfg.output_dir, ("epoch_*", STATE_FILE))
+        if not cfg.resume_from_checkpoint:
+            claim_results(cfg.output_dir, "epoch_*", STAMP_FILE, cfg.overwrite)
+        yield
 
 
 def _locked(file: Path) -> int:

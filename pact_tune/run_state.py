@@ -5,9 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
+from pact_tune.objectives.base import Objective
 
 STATE_FILE = "recipe_state.pt"
 FORMAT = 2
@@ -63,3 +72,43 @@ def load_state(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
                 f"{identity.get(key)}."
             )
     return state
+
+
+def capture(
+    model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, objective: Objective
+) -> dict[str, Any]:
+    """What moves during a run beside the trained weights, whole and on the CPU; all ranks must call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+        "scheduler": None if scheduler is None else scheduler.state_dict(),
+        "objective": None if objective.state is None else objective.state.state_dict(),
+        "coefficients": dict(objective.coefficients),
+    }
+
+
+def restore(
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer,
+    scheduler: LRScheduler | None,
+    objective: Objective,
+    distributed: bool,
+) -> None:
+    """Puts back what :func:`capture` returned.
+
+    Args:
+        state (dict[str, Any]): from :func:`load_state`.
+        model (nn.Module): sharded or not.
+        optimizer (Optimizer): of its trained weights.
+        scheduler (LRScheduler | None): of the learning rate.
+        objective (Objective): of the run.
+        distributed (bool): several processes; all must call it.
+    """
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+    if scheduler is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    if objective.state is not None:
+        objective.state.load_state_dict(state["objective"])
+    objective.coefficients.update(state["coefficients"])

@@ -6,6 +6,7 @@
 One class serves both: with several processes the model is sharded with FSDP2 (gloo on CPUs, NCCL on GPUs).
 """
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -21,11 +22,6 @@ if __name__ == "__main__":
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 
@@ -33,13 +29,14 @@ from pact_tune.batching import collate
 from pact_tune.conversations import response_only_prefix, show
 from pact_tune.distributed import run_ranks
 from pact_tune.errors import UserError
-from pact_tune.files import remove_partial
+from pact_tune.full_finetuning import check_full_finetuning
 from pact_tune.log import logger, progress
 from pact_tune.metrics import Interval
 from pact_tune.objectives.base import Step
 from pact_tune.objectives.penalty import add_penalty
 from pact_tune.reference.source import ReferenceSource
-from pact_tune.run_state import load_state, save_state
+from pact_tune.run_lock import claim_output
+from pact_tune.run_state import capture, load_state, restore, save_state
 from pact_tune.schedule import Schedule
 from pact_tune.signals import Interrupted, StopRequest
 from pact_tune.stamp import data_fingerprint
@@ -68,6 +65,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.world_size, self.rank = utils.get_world_size_and_rank()
         self.output_dir = Path(cfg.output_dir)
         self.global_step = 0
+        self.final: dict[str, float] = {}  # what was logged last
         self.validation: dict[str, float] = {}  # loss on the validation rows after each epoch
         self.metric_logger = None
 
@@ -82,17 +80,16 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         Raises:
             UserError: bad input, with the mend.
         """
-        if self.rank == 0:
-            remove_partial(self.output_dir)
         self.tokenizer = config.instantiate(cfg.tokenizer)
         self.backbone = TorchtuneBackbone(cfg, self.device, self.dtype, self.world_size)
         self.objective = config.instantiate(cfg.loss, self.backbone.context(self.tokenizer))
         for note in self.objective.notes:
             logger.info(note)
-        self._check_full()
+        if not self.backbone.has_adapters:
+            check_full_finetuning(cfg, self.objective, self.dtype)
         self._setup_rows()
         state = self.load_checkpoint() if cfg.resume_from_checkpoint else None
-        if state and state["global_step"] >= self.schedule.total_steps:
+        if state and state["global_step"] >= self.schedule.total_steps and self._missing(state["global_step"]) is None:
             raise UserError(
                 f"The run in '{self.output_dir}' is complete ({self.schedule.total_steps} steps): nothing to resume."
             )
@@ -103,31 +100,6 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         if state and not self.backbone.has_adapters:  # only now: the reference is the model before the first step
             self.backbone.restore(state["trained"])
         self._start_interval()
-
-    def _check_full(self) -> None:
-        """Raises UserError where training all weights needs something that the config does not give."""
-        if self.backbone.has_adapters:
-            return
-        logger.info("The model builder has no adapters: all weights are trained.")
-        if self.dtype is torch.bfloat16:
-            logger.warning(
-                "weights trained in bf16 lose steps below 0.2 % of a weight's size (most, at lr 1e-5): set dtype: fp32 where "
-                "memory allows, or train an adapter, which is kept in float32."
-            )
-        if self.objective.views and (self.cfg.reference_cache is None or self.cfg.reference_cache.lazy):
-            raise UserError(
-                "Full fine-tuning moves the weights that the reference is computed with, so it must be stored before the "
-                "first step: set reference_cache, with lazy: False, or name layers in model.lora_attn_modules."
-            )
-        if self.objective.reading.frozen_head:
-            raise UserError(
-                f"This loss reads the {self.objective.reading.name} through the frozen head, which full fine-tuning moves: "
-                "name layers in model.lora_attn_modules, or another loss."
-            )
-        if self.cfg.save_adapter_weights_only:
-            raise UserError(
-                "save_adapter_weights_only needs an adapter: set it to False, or name layers in model.lora_attn_modules."
-            )
 
     def _setup_rows(self) -> None:
         """Reads the data and decides which rows make up which steps."""
@@ -178,14 +150,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             )
         if state is None:
             return
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world_size > 1)
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
-        if self.scheduler is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        if self.objective.state is not None:
-            self.objective.state.load_state_dict(state["objective"])
-        self.objective.coefficients.update(state["coefficients"])
-        self.global_step, self.validation = state["global_step"], state["validation"]
+        restore(state, self.model, self.optimizer, self.scheduler, self.objective, self.world_size > 1)
+        self.global_step, self.validation, self.final = (state[key] for key in ("global_step", "validation", "final"))
         logger.info(f"Resuming after step {self.global_step} of {self.schedule.total_steps}.")
 
     def setup_reference(self, options: DictConfig | None) -> None:
@@ -222,6 +188,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         cfg, per_epoch = self.cfg, self.schedule.steps_per_epoch
         self.metric_logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
         with StopRequest() as stop:
+            if (missing := self._missing(self.global_step)) is not None:
+                self.save_checkpoint(missing)
             while self.global_step < self.schedule.total_steps:
                 epoch, done = divmod(self.global_step, per_epoch)
                 self._start_interval()
@@ -247,6 +215,11 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         if self.validation:
             best = min(self.validation, key=lambda name: self.validation[name])
             logger.info(f"Lowest validation loss: {best} ({self.validation[best]:.4f})")
+
+    def _missing(self, step: int) -> int | None:
+        """The epoch that ended with a step and whose result was not written, as on a full disk."""
+        epochs, rest = divmod(step, self.schedule.steps_per_epoch)
+        return epochs - 1 if epochs and not rest and not (self.output_dir / f"epoch_{epochs - 1}").exists() else None
 
     def step(self, step: Step) -> None:
         """One optimiser step on a global batch, given by its row numbers."""
@@ -323,7 +296,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             metrics["penalty"] = self.penalty.item()
             metrics["loss"] += metrics["penalty"]
         self.final = dict(metrics)
-        shown = [f"{name} {metrics[name] + 0.0:.3f}" for name in metrics if name != "loss"]
+        shown = [f"{name} {round(value, 3) + 0.0:.3f}" for name, value in metrics.items() if name != "loss"]
         if self.objective.after_step is not None:
             metrics |= {f"coefficient_{name}": value for name, value in self.objective.coefficients.items()}
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -364,28 +337,28 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         """Writes all that a resumption needs to one file, which is replaced as a whole."""
         self.reference.flush()
         trained = self.backbone.gather()
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        state = capture(self.model, self.optimizer, self.scheduler, self.objective) | {
+            "trained": trained,
+            "validation": self.validation,
+            "final": self.final,
+            "global_step": self.global_step,
+            "identity": self._identity(),
+        }
         if self.rank == 0:
-            state = {
-                "trained": trained,
-                "optimizer": optimizer,
-                "scheduler": self.scheduler.state_dict() if self.scheduler is not None else None,
-                "objective": self.objective.state.state_dict() if self.objective.state is not None else None,
-                "coefficients": dict(self.objective.coefficients),
-                "validation": self.validation,
-                "global_step": self.global_step,
-                "identity": self._identity(),
-            }
             save_state(self.output_dir, state)
         if self.world_size > 1:
             dist.barrier()
 
     def save_checkpoint(self, epoch: int) -> None:
-        """Writes an epoch's result (PEFT adapter, merged model, pact.json), then the state to resume from.
+        """Writes the state to resume from, then an epoch's result: PEFT adapter, merged model, pact.json.
+
+        In this order, so that a disk that is full or a kill costs no step: a resumed run writes a result that is missing.
 
         Args:
             epoch (int): counted from 0; names the folder.
+
+        Raises:
+            UserError: weights that are not finite, or a full disk.
         """
         trained = self.backbone.gather()
         if not all(tensor.isfinite().all() for tensor in trained.values()):
@@ -393,12 +366,14 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                 f"The trained weights are not finite after step {self.global_step}: nothing of this epoch is saved; lower "
                 "optimizer.lr, or set clip_grad_norm."
             )
+        self._save_state()
         if self.rank == 0:
             adapter_only = self.cfg.save_adapter_weights_only
             stamp, end = self._stamp(epoch), self.objective.finish
             directory = self.backbone.save(f"epoch_{epoch}", trained, stamp, adapter_only=adapter_only, finish=end)
             logger.info(f"Saved {directory}")
-        self._save_state()
+        if self.world_size > 1:
+            dist.barrier()
 
     def _stamp(self, epoch: int) -> dict[str, Any]:
         """How the result was made, for pact.json."""
@@ -424,12 +399,13 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             self.metric_logger.close()
 
 
-def run(argv: Sequence[str], work: Callable[[PACTLoRAFinetuneRecipe], None]) -> int | str | None:
+def run(argv: Sequence[str], work: Callable[[PACTLoRAFinetuneRecipe], None], writes: bool = True) -> int | str | None:
     """Sets the recipe up, on one process or on those that torchrun started, and does some work with it.
 
     Args:
         argv (Sequence[str]): the command line, see :func:`pact_tune.torchtune.config.read_command_line`.
         work (Callable): is given the recipe.
+        writes (bool): the work writes to output_dir, which is then claimed.
 
     Returns:
         int | str | None: see :func:`pact_tune.distributed.run_ranks`.
@@ -437,9 +413,10 @@ def run(argv: Sequence[str], work: Callable[[PACTLoRAFinetuneRecipe], None]) -> 
 
     def everything() -> None:
         recipe = PACTLoRAFinetuneRecipe(read_command_line(argv))
-        recipe.setup(recipe.cfg)
-        work(recipe)
-        recipe.cleanup()
+        with claim_output(recipe.cfg, recipe.rank) if writes else contextlib.nullcontext():
+            recipe.setup(recipe.cfg)
+            work(recipe)
+            recipe.cleanup()
 
     return run_ranks(everything)
 

@@ -1,6 +1,7 @@
 """What a run does when it is interrupted, when its numbers blow up, and when its state is damaged."""
 
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +11,9 @@ import torch
 from recipe import logged, run_command, tune_run, tune_run_processes, write_rows
 from test_recipe import adapter_of, assert_same_bits
 
+from pact_tune import UserError
 from pact_tune.run_state import STATE_FILE
+from pact_tune.torchtune.checkpoint import HFCheckpointer
 
 
 def test_damaged_states_are_refused(workspace, tmp_path, monkeypatch):
@@ -37,13 +40,87 @@ def test_damaged_states_are_refused(workspace, tmp_path, monkeypatch):
     assert "to resume from" in tune_run(monkeypatch, workspace, *again)
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr=1e30", "loss.lambda_kl=1e38"])
-def test_a_loss_that_is_not_finite_ends_the_run_and_nothing_of_it_is_saved(workspace, tmp_path, monkeypatch, override):
-    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}", "loss.preset=tail") is None
-    good = adapter_of(tmp_path)
-    message = tune_run(monkeypatch, workspace, f"output_dir={tmp_path}", "loss.preset=tail", override)
-    assert "not finite" in message and "step" in message and "\n" not in message
-    assert_same_bits(adapter_of(tmp_path), good)
+OWN_OPTIMIZER = """
+import torch
+
+
+class Explodes(torch.optim.SGD):
+    'Leaves infinite weights behind at its sixth step.'
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.count = 0
+
+    def step(self):
+        super().step()
+        self.count += 1
+        if self.count == 6:
+            with torch.no_grad():
+                self.param_groups[0]["params"][1].fill_(torch.inf)
+"""
+
+
+@pytest.mark.parametrize("steps_per_epoch", [3, 4])
+def test_numbers_that_are_not_finite_end_the_run_and_nothing_of_them_is_saved(
+    workspace, tmp_path, monkeypatch, steps_per_epoch
+):
+    """Met in the next step's loss, or, at the end of an epoch, in the weights themselves; the good epoch stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "explosive.py").write_text(OWN_OPTIMIZER)
+    message = tune_run(
+        monkeypatch, workspace, f"output_dir={tmp_path}/out", "optimizer._component_=explosive.Explodes", "epochs=3",
+        f"max_steps_per_epoch={steps_per_epoch}",
+    )  # fmt: skip
+    assert "not finite" in message and "\n" not in message
+    assert "after step 6" in message if steps_per_epoch == 3 else "at step 7" in message
+    assert [path.name for path in sorted((tmp_path / "out").glob("epoch_*"))] == ["epoch_0"]
+    assert all(tensor.isfinite().all() for tensor in adapter_of(tmp_path / "out").values())
+
+
+def test_a_result_that_could_not_be_written_is_written_by_the_resumed_run(workspace, tmp_path, monkeypatch):
+    """As on a full disk: no step is lost, and the run that only lacks its last result is not called complete."""
+    common = ["epochs=2", "max_steps_per_epoch=2"]
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/whole", *common) is None
+    save = HFCheckpointer.save
+
+    def full(self, name, *rest, **options):
+        raise UserError("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFCheckpointer, "save", full)
+        assert "The disk is full." in tune_run(
+            monkeypatch, workspace, f"output_dir={tmp_path}/cut", "epochs=2", *common
+        )
+    calls = []
+    monkeypatch.setattr(
+        HFCheckpointer, "save", lambda self, name, *rest, **o: calls.append(name) or save(self, name, *rest, **o)
+    )
+    assert (
+        tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/cut", *common, "resume_from_checkpoint=True") is None
+    )
+    assert calls == ["epoch_0", "epoch_1"]
+    for epoch in range(2):
+        assert_same_bits(adapter_of(tmp_path / "cut", epoch), adapter_of(tmp_path / "whole", epoch))
+    shutil.rmtree(tmp_path / "cut" / "epoch_1")
+    assert (
+        tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/cut", *common, "resume_from_checkpoint=True") is None
+    )
+    assert_same_bits(adapter_of(tmp_path / "cut", 1), adapter_of(tmp_path / "whole", 1))
+    assert "complete" in tune_run(
+        monkeypatch, workspace, f"output_dir={tmp_path}/cut", *common, "resume_from_checkpoint=True"
+    )
+
+
+def test_a_second_run_does_not_mix_its_results_with_those_of_the_first(workspace, tmp_path, monkeypatch):
+    run = [f"output_dir={tmp_path}/out", "max_steps_per_epoch=1"]
+    assert tune_run(monkeypatch, workspace, *run, "epochs=3") is None
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    message = tune_run(monkeypatch, workspace, *run)
+    assert "holds the results of another run" in message and "overwrite=True" in message
+    assert tune_run(monkeypatch, workspace, *run, "overwrite=True") is None
+    assert sorted(path.name for path in (tmp_path / "out").glob("epoch_*")) == ["epoch_0"]
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("processes", "signum"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])

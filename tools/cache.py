@@ -133,7 +133,7 @@ def _build(name: str, overrides: list[str]) -> int:
     argv = ["--config", name, *overrides]
     if read_command_line(argv).reference_cache is None:
         raise UserError("The config sets reference_cache: null, so a run would not read it: remove that line.")
-    message = pact_lora_finetune.run([*argv, "reference_cache.lazy=False"], lambda recipe: None)
+    message = pact_lora_finetune.run([*argv, "reference_cache.lazy=False"], lambda recipe: None, writes=False)
     if message:
         print(message, file=sys.stderr)
     return int(message is not None)

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         _run(
             "tune", "run", "pact_lora_finetune", "--config", "demo/pact_lora", f"output_dir={runs[name]}",
             f"dataset.source={data / 'task.jsonl'}", f"dataset.mix.source={data / 'harmful.jsonl'}",
-            f"loss.safety_tokens={tokens}", f"seed={args.seed}", *overrides,
+            f"loss.safety_tokens={tokens}", f"seed={args.seed}", "overwrite=True", *overrides,
         )  # fmt: skip
 
     _headline("3/3  Evaluation on held-out requests")
