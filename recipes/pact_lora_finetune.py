@@ -29,6 +29,7 @@ from pact_tune.batching import collate
 from pact_tune.conversations import response_only_prefix, show
 from pact_tune.distributed import run_ranks
 from pact_tune.errors import UserError
+from pact_tune.files import check_space
 from pact_tune.full_finetuning import check_full_finetuning
 from pact_tune.log import logger, progress
 from pact_tune.metrics import Interval
@@ -96,6 +97,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.backbone.load(self.tokenizer, state["trained"] if state else None, cfg.seed)
         self.model, self.decoder = self.backbone.model, self.backbone.decoder
         self._setup_optimizer(state)
+        self._check_space()
         self.setup_reference(cfg.reference_cache)
         if state and not self.backbone.has_adapters:  # only now: the reference is the model before the first step
             self.backbone.restore(state["trained"])
@@ -153,6 +155,14 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         restore(state, self.model, self.optimizer, self.scheduler, self.objective, self.world_size > 1)
         self.global_step, self.validation, self.final = (state[key] for key in ("global_step", "validation", "final"))
         logger.info(f"Resuming after step {self.global_step} of {self.schedule.total_steps}.")
+
+    def _check_space(self) -> None:
+        """Raises UserError where the results of all epochs, and the state to resume from, will not fit."""
+        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        result = trained + (0 if self.cfg.save_adapter_weights_only else self.backbone.weight_bytes)
+        # The state holds the weights and AdamW's two moments; a new one is whole before the old one goes.
+        epochs = self.cfg.epochs - self.global_step // self.schedule.steps_per_epoch
+        check_space(self.output_dir, epochs * result + 2 * 3 * trained, "What this run saves")
 
     def setup_reference(self, options: DictConfig | None) -> None:
         """Opens the cache and fills it, unless steps are to do that, or the objective needs none, or it runs live.

@@ -21,7 +21,7 @@ from pact_tune import PACTConfig, SafetyTokens, chat_dataset, load_tokenizer
 from pact_tune.batching import response_only_views
 from pact_tune.conversations import response_only_prefix
 from pact_tune.decoder import Decoder
-from pact_tune.objectives import pact
+from pact_tune.objectives import Context, pact
 
 
 def adapter_of(output_dir, epoch=0) -> dict[str, torch.Tensor]:
@@ -285,12 +285,13 @@ def test_mass_on_the_safety_tokens_is_reported_and_warned_of(workspace, tmp_path
 def test_template_fallback_is_allowed_and_said(workspace, tmp_path, monkeypatch, capsys):
     arguments = ["loss.safety_tokens=qwen2.5-7b-instruct", "loss.template_fallback=True", "max_steps_per_epoch=1"]
     assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}", *arguments) is None
-    assert "their weights were not measured" in capsys.readouterr().out
+    assert "these weights were not measured" in capsys.readouterr().out
 
 
 def test_the_folder_of_the_tokens_may_have_any_name(workspace, tmp_path):
     shutil.copytree(workspace.parent / "safety_tokens", tmp_path / "{mine}")
-    said = pact(str(tmp_path / "{mine}")).prepare(load_tokenizer(str(workspace.parent / "model")), 1000)
+    context = Context(load_tokenizer(str(workspace.parent / "model")), 1000)
+    (said,) = pact(context, str(tmp_path / "{mine}")).notes
     assert "{mine}" in said and said.endswith("(templates).")
 
 

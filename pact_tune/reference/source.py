@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pact_tune.batching import rank_rows, response_only_views, to_device
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
+from pact_tune.files import check_space
 from pact_tune.log import logger, progress
 from pact_tune.objectives.base import Objective, View
 from pact_tune.reference.cache import ReferenceCache, batches_of, shards_of
@@ -165,6 +166,8 @@ class ReferenceSource:
             shards = cache.plan(view for row in used for view in self._views(row))
             for name in cache.make_room(self._bytes(shards)):
                 logger.info(f"Reference cache: removed {name}, the least recently used, to make room")
+            if not self.lazy:
+                check_space(cache.directory, self._bytes(shards), "The reference cache")
         except UserError as error:
             return error
         return shards, shards_of(cache.directory)

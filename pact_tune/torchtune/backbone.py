@@ -77,6 +77,11 @@ class TorchtuneBackbone:
         }
 
     @property
+    def weight_bytes(self) -> int:
+        """Size of a whole checkpoint."""
+        return sum(file.stat().st_size for file in self.checkpointer.folder.files)
+
+    @property
     def stamp(self) -> dict[str, Any]:
         """Which reference a result was trained against; with QLoRA the quantised base, by torchtune's names."""
         dtype = str(self.dtype).removeprefix("torch.")
