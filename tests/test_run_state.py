@@ -51,7 +51,7 @@ class Explodes(torch.optim.SGD):
         super().__init__(params, lr)
         self.count = 0
 
-    def step(self):
+    def step(self, closure=None):
         super().step()
         self.count += 1
         if self.count == 6:
