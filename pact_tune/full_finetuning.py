@@ -36,4 +36,6 @@ def check_full_finetuning(cfg: DictConfig, objective: Objective, dtype: torch.dt
             "layers in model.lora_attn_modules, or choose another loss."
         )
     if cfg.save_adapter_weights_only:
-        raise UserError("save_adapter_weights_only needs an adapter: set it to False, or name layers in model.lora_attn_modules.")
+        raise UserError(
+            "save_adapter_weights_only needs an adapter: set it to False, or name layers in model.lora_attn_modules."
+        )
