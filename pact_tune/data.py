@@ -63,12 +63,14 @@ class Counts:
         left_out (dict[str, dict[str, Any]]): for each reason, how many ``rows`` were left out, and the place of the
             ``first``.
         ignored (list[str]): columns, and keys of turns ("messages[].id"), that nothing was read from.
-        refused (int): rows among those that are used which the audit says the aligned model would have refused.
+        refused (int): rows that the aligned model would have refused, by the audit; those that were not dropped are used.
+        dropped (int): rows drawn, and then dropped for that reason.
     """
 
     source: str
     used: int = 0
     refused: int = 0
+    dropped: int = 0
     conversations: int = 0
     context_turns: int = 0
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -90,7 +92,8 @@ class Counts:
         if self.conversations > self.used:
             notes.append(f"{self.conversations} texts, since the chat template rewrites earlier turns")
         if self.refused:
-            notes.append(f"{self.refused} rows the aligned model would have refused, by the audit")
+            dropped = f", {self.dropped} of them dropped" if self.dropped else ""
+            notes.append(f"{self.refused} rows the aligned model would have refused, by the audit{dropped}")
         if self.ignored:
             notes.append(f"not read: {', '.join(self.ignored)}")
         return f"{self.used} rows of {self.source}" + (f" ({'. '.join(notes)})" if notes else "")
@@ -147,7 +150,7 @@ def chat_dataset(
         max_seq_len (int | None): rows of more tokens are left out, and counted.
         audit (Mapping[str, Any] | None): ``file``, the output of ``pact audit`` on all of these sources, and ``action``,
             what becomes of rows that the aligned model would have refused: "report" (the default: they are counted), "drop"
-            (left out, and counted) or "constraint_only" (their cross-entropy is not trained on).
+            (drawn like any row, then left out: what remains is the same run without them) or "constraint_only" (their cross-entropy is not trained on).
         progress (bool): show a progress bar.
 
     Returns:
@@ -176,7 +179,8 @@ def chat_dataset(
     conversations, counts = reader.take(_Source(source, name, split, columns), first_n, rng)
     all_counts = [counts]
     if wanted is None:
-        wanted = [round(counts.used * fraction / (1 - total)) for fraction in fractions]
+        drawn = counts.used + counts.dropped
+        wanted = [round(drawn * fraction / (1 - total)) for fraction in fractions]
     for (_, other), number in zip(mixed, wanted, strict=True):
         more, more_counts = reader.take(other, number, rng)
         conversations += more
@@ -246,15 +250,16 @@ class _Reader:
         for place, row in log.progress(
             rows, desc=f"Tokenizing {where.title}", unit="row", disable=not self.progress, leave=False
         ):
-            if counts.used == wanted:
+            if counts.used + counts.dropped == wanted:
                 break
             try:
-                conversations += self._conversations(row, where, counts)
-                counts.used += 1
+                found = self._conversations(row, where, counts)
+                conversations += found
+                counts.used += bool(found)
             except BadRow as error:
                 counts.leave_out(str(error), place)
         counts.conversations = len(conversations)
-        if wanted is not None and counts.used < wanted:
+        if wanted is not None and counts.used + counts.dropped < wanted:
             raise UserError(
                 f"{wanted} rows of '{where.title}' are asked for, but only {counts.used} are usable: {counts}."
             )
@@ -264,7 +269,7 @@ class _Reader:
         ], counts
 
     def _conversations(self, row: Any, where: _Source, counts: Counts) -> list[Conversation]:
-        """What a row becomes: one conversation, or several where the template rewrites earlier turns.
+        """What a row becomes: one conversation, several where the template rewrites earlier turns, none if it is dropped.
 
         Raises:
             BadRow: it cannot be trained on.
@@ -277,8 +282,6 @@ class _Reader:
         counts.ignore(_ignored(row, layout))
         messages = _messages(row, layout)
         refused = self.audit is not None and self.audit.refused(messages, counts.source)
-        if refused and self.audit is not None and self.audit.action == "drop":
-            raise BadRow("that the aligned model would have refused, by the audit")
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         _check_unicode(messages)
@@ -292,6 +295,9 @@ class _Reader:
             raise BadRow("over max_seq_len")
         if refused and self.audit is not None:
             counts.refused += 1
+            if self.audit.action == "drop":
+                counts.dropped += 1
+                return []
             if self.audit.action == "constraint_only":
                 conversations = [replace(conversation, ce_weight=0.0) for conversation in conversations]
         counts.context_turns += sum(m["role"] == "assistant" and not is_response(m) for m in messages)

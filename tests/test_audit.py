@@ -79,9 +79,15 @@ def test_what_becomes_of_refused_rows(audited, sources, action):
     )
     text = str(data.counts[0])
     if action == "drop":
-        assert len(data) == 36 - refused and f"{refused} that the aligned model would have refused" in text
-        with pytest.raises(UserError, match="only"):
-            chat_dataset(tokenizer, both[0], mix=mix, audit={"file": str(audited), "action": action}, progress=False)
+        assert len(data) == 36 - refused and f"by the audit, {refused} of them dropped" in text
+        # Rows are drawn as they are without an audit, and no others take the place of those that are dropped.
+        settings = {"n": 16, "mix": mix, "seed": 3, "progress": False}
+        plain = chat_dataset(tokenizer, both[0], **settings).conversations
+        left = chat_dataset(
+            tokenizer, both[0], audit={"file": str(audited), "action": action}, **settings
+        ).conversations
+        assert len(plain) == 16 and 12 <= len(left) < 16
+        assert {tuple(c.tokens) for c in left} < {tuple(c.tokens) for c in plain}
         return
     assert len(data) == 36 and f"{refused} rows the aligned model would have refused, by the audit" in text
     untrained = [c for c in data.conversations if c.ce_weight == 0]
@@ -128,7 +134,7 @@ def test_a_run_leaves_out_what_the_audit_found(workspace, tmp_path, monkeypatch,
     arguments = [f"output_dir={tmp_path}/out", f"dataset.audit.file={file}", "dataset.audit.action=drop"]
     assert tune_run(monkeypatch, workspace, *arguments, "epochs=1") is None
     output = capsys.readouterr().out
-    assert f"{len(rows) - 3} rows of" in output and "3 that the aligned model would have refused" in output
+    assert f"{len(rows) - 3} rows of" in output and "3 of them dropped" in output
 
 
 def test_an_interrupted_audit_goes_on(sources, audited, tmp_path, monkeypatch):

@@ -617,3 +617,12 @@ def test_the_list_of_benchmarks(capsys):
     assert cli.main(["evaluate", "--list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in benchmarks.BENCHMARKS)
+
+
+def test_the_phrase_judge_on_answers_labelled_by_hand():
+    """100 answers of SmolLM2-135M-Instruct and of the demo's models, to harmless prompts; the table is in docs/evaluation.md."""
+    rows = lines(Path(__file__).parent / "labelled_answers.jsonl")
+    assert len(rows) == 100
+    answers = [judges.Answered(row["prompt"], row["response"], row["ended"]) for row in rows]
+    table = judges.agreement([row["label"] for row in rows], judges.Phrases().judge(answers))
+    assert table == {"refused": {"refused": 21}, "answered": {"answered": 76}, "broken": {"broken": 2, "answered": 1}}
