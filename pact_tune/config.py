@@ -149,7 +149,7 @@ class RecipeSettings:
     output_dir: PathText
     tokenizer: Section
     model: Section
-    checkpointer: Section
+    checkpointer: Section | None = None  # of torchtune's models; pact_tune.hf.causal_lm reads and writes its own
     dataset: Section
     loss: Section
     optimizer: Section

@@ -305,6 +305,13 @@ MODELS: dict[str, Model] = {
 }
 
 
+def published_config(folder: str) -> Mapping[str, Any] | None:
+    """What config.json says of a published model whose Hub name ends like a folder's; None where no known model is called so."""
+    name = Path(folder).name.lower()
+    model = next((m for m in MODELS.values() if name == m.aligned.split("/")[1].lower()), None)
+    return model.config if model else None
+
+
 @functools.cache
 def published_network(folder: str) -> Network | None:
     """The network of a published model whose Hub name ends like a folder's, for configs without a checkpoint at hand.
@@ -315,6 +322,5 @@ def published_network(folder: str) -> Network | None:
     Returns:
         Network | None: None where no known model is called that.
     """
-    name = Path(folder).name.lower()
-    model = next((m for m in MODELS.values() if name == m.aligned.split("/")[1].lower()), None)
-    return network_of(model.config, model.aligned) if model else None
+    config = published_config(folder)
+    return network_of(config, folder) if config else None

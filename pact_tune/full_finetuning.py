@@ -28,14 +28,14 @@ def check_full_finetuning(cfg: DictConfig, objective: Objective, dtype: torch.dt
     if objective.views and (cfg.reference_cache is None or cfg.reference_cache.lazy):
         raise UserError(
             "Full fine-tuning moves the weights that the reference is computed with, so it must be stored before the "
-            "first step: set reference_cache, with lazy: False, or name layers in model.lora_attn_modules."
+            "first step: set reference_cache, with lazy: False, or name layers in model.lora_attn_modules (of pact_tune.hf.causal_lm: set model.r)."
         )
     if objective.reading.frozen_head:
         raise UserError(
             f"This loss reads the {objective.reading.name} through the frozen head, which full fine-tuning moves: name "
-            "layers in model.lora_attn_modules, or choose another loss."
+            "layers in model.lora_attn_modules (of pact_tune.hf.causal_lm: set model.r), or choose another loss."
         )
     if cfg.save_adapter_weights_only:
         raise UserError(
-            "save_adapter_weights_only needs an adapter: set it to False, or name layers in model.lora_attn_modules."
+            "save_adapter_weights_only needs an adapter: set it to False, or name layers in model.lora_attn_modules (of pact_tune.hf.causal_lm: set model.r)."
         )

@@ -25,6 +25,7 @@ from torch import distributed as dist
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 
+from pact_tune.backbones import open_backbone
 from pact_tune.batching import collate
 from pact_tune.conversations import response_only_prefix, show
 from pact_tune.distributed import run_ranks
@@ -41,7 +42,7 @@ from pact_tune.run_state import capture, load_state, restore, save_state
 from pact_tune.schedule import Schedule
 from pact_tune.signals import Interrupted, StopRequest
 from pact_tune.stamp import data_fingerprint
-from pact_tune.torchtune.backbone import TorchtuneBackbone, device_and_dtype
+from pact_tune.torchtune.backbone import device_and_dtype
 from pact_tune.torchtune.config import read_command_line
 from pact_tune.version import __version__
 
@@ -82,7 +83,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             UserError: bad input, with the mend.
         """
         self.tokenizer = config.instantiate(cfg.tokenizer)
-        self.backbone = TorchtuneBackbone(cfg, self.device, self.dtype, self.world_size)
+        self.backbone = open_backbone(cfg, self.device, self.dtype, self.world_size)
         self.objective = config.instantiate(cfg.loss, self.backbone.context(self.tokenizer))
         for note in self.objective.notes:
             logger.info(note)

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_tune import cli, hub
 from pact_tune.families import network_of
+from pact_tune.memory import GIB
 from pact_tune.tools.configs import check, load, memory
 from pact_tune.torchtune import from_checkpoint, lora
 from pact_tune.torchtune.checkpoint import Names, constants_of_model, constants_of_network
 from pact_tune.torchtune.config import config_names, find_config, method_names
-from pact_tune.torchtune.memory import GIB
 
 NAMES = [name for name in config_names() if not name.startswith("demo/")]
 # Shipped config -> torchtune's own builder of the same model, whose sizes another hand has copied.

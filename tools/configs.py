@@ -12,9 +12,12 @@ from torchtune import config, training
 from torchtune._cli import tune
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
+from pact_tune.backbones import TRANSFORMERS
 from pact_tune.config import refuse
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
+from pact_tune.hf.backbone import DTYPES, HFBackbone, plan, transformers_sizes
+from pact_tune.memory import GIB, estimate_memory
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.config import (
     add_arguments,
@@ -25,7 +28,7 @@ from pact_tune.torchtune.config import (
     find_method,
     method_names,
 )
-from pact_tune.torchtune.memory import GIB, estimate_memory
+from pact_tune.torchtune.memory import sizes_of
 
 RECIPE = "pact_lora_finetune"
 DEFAULT_TOKENS = 2048  # row length for the memory estimate of a config without dataset.max_seq_len
@@ -190,6 +193,8 @@ def _built(problems: list[str], build: Callable[[], nn.Module | None]) -> nn.Mod
 
 
 def _model(cfg: DictConfig) -> nn.Module:
+    if cfg.model._component_ == TRANSFORMERS:
+        return plan(cfg)[1]
     dtype = training.get_dtype(cfg.dtype, device=torch.device("cpu"))
     with training.set_default_dtype(dtype), torch.device("meta"):
         model = lora.build(cfg.model)
@@ -200,9 +205,12 @@ def _model(cfg: DictConfig) -> nn.Module:
 
 def _checkpoint(cfg: DictConfig, model: nn.Module | None) -> None:
     """Compares the checkpoint's config.json and the shapes of its weights with the model, and loads its tokenizer."""
-    checkpointer = config.instantiate(cfg.checkpointer)
-    if model is not None:
-        checkpointer.check(model)
+    if cfg.model._component_ == TRANSFORMERS:
+        HFBackbone(cfg, torch.device("cpu"), DTYPES[cfg.dtype], 1)
+    else:
+        checkpointer = config.instantiate(cfg.checkpointer)
+        if model is not None:
+            checkpointer.check(model)
     path = cfg.tokenizer.get("path")
     if path is not None and Path(path).is_dir():
         config.instantiate(cfg.tokenizer)
@@ -219,8 +227,9 @@ def _optimizer(cfg: DictConfig, model: nn.Module) -> None:
 
 
 def memory(cfg: DictConfig, model: nn.Module, processes: int = 1) -> float:
-    """Estimated peak memory of one GPU, in bytes; see :func:`pact_tune.torchtune.memory.estimate_memory`."""
-    return estimate_memory(model, cfg.batch_size, _tokens(cfg), cfg.enable_activation_checkpointing, processes)
+    """Estimated peak memory of one GPU, in bytes; see :func:`pact_tune.memory.estimate_memory`."""
+    sizes = transformers_sizes(model) if cfg.model._component_ == TRANSFORMERS else sizes_of(model)
+    return estimate_memory(sizes, cfg.batch_size, _tokens(cfg), cfg.enable_activation_checkpointing, processes)
 
 
 def _tokens(cfg: DictConfig) -> int:

@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 import pact_tune.configs
 import pact_tune.demo
+from pact_tune.backbones import TRANSFORMERS
 from pact_tune.config import RecipeSettings, ReferenceCacheSettings, Section, check, defaults, refuse, signature_of
 from pact_tune.errors import UserError, unknown_key
 
@@ -299,6 +300,16 @@ def contradictions(values: dict[str, Any]) -> list[str]:
     if values["batch_by_length"] and not values["shuffle"]:
         problems.append(
             "shuffle: False keeps the order of the data, which batch_by_length: True changes: set batch_by_length: False too."
+        )
+    of_transformers = values["model"].get("_component_") == TRANSFORMERS
+    if of_transformers and values["checkpointer"] is not None:
+        problems.append(
+            f"{TRANSFORMERS} reads and writes checkpoints itself: remove the section 'checkpointer' (an adapter that training "
+            "goes on from is model.adapter)."
+        )
+    if not of_transformers and values["checkpointer"] is None:
+        problems.append(
+            "The config lacks the key 'checkpointer': it must be a section with a _component_ that says what to build."
         )
     return problems
 

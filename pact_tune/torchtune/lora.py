@@ -14,6 +14,7 @@ from torchtune import config, training
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
+from pact_tune import sharded
 from pact_tune.adapters import LoRASpec
 from pact_tune.errors import UserError, unknown_key
 
@@ -210,25 +211,13 @@ def _shard_of(whole: torch.Tensor, like: DTensor) -> DTensor:
 
 
 def load(model: nn.Module, trained: dict[str, torch.Tensor]) -> None:
-    """Puts trained weights back into a model, in place, so that an optimizer keeps its parameters.
-
-    Args:
-        model (nn.Module): sharded or not.
-        trained (dict[str, torch.Tensor]): whole tensors on the CPU, from :func:`gather`.
-    """
-    with torch.no_grad():
-        for name, parameter in trained_parameters(model).items():
-            value = trained[name].to(parameter.device)
-            if isinstance(parameter, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.copy_(value)
+    """Puts trained weights, from :func:`gather`, back into a model, in place."""
+    sharded.restore(trained_parameters(model), trained)
 
 
 def gather(model: nn.Module) -> dict[str, torch.Tensor]:
     """What is trained, whole and copied to the CPU, under the names of an unwrapped model; all ranks must call it."""
-    trained = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
-    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in trained.items()}
-    return {name: tensor.cpu().clone() for name, tensor in whole.items()}
+    return sharded.gather(trained_parameters(model))
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

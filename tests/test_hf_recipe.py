@@ -1,0 +1,174 @@
+"""`tune run` with a transformers model: exports, one process and two, resumption, what is refused."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import yaml
+from recipe import logged, tune_run, tune_run_processes, write_workspace
+from safetensors.torch import load_file, save_file
+from test_recipe import assert_same_bits
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pact_tune import cli
+from pact_tune.hf.decoder import HFDecoder
+from pact_tune.tools import verify
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+# Beyond what transformers' defaults and tiny_model's sizes are.
+KINDS = {
+    "gemma3_text": {"sliding_window": 8},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "qwen3_moe": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def write_hf(directory: Path, architecture: str = "qwen2", **model) -> Path:
+    """A folder with checkpoint, rows and a config that trains it through transformers."""
+    path = write_workspace(directory, rows=16)
+    if architecture != "qwen2":
+        replace_model(directory / "model", architecture)
+    config = yaml.safe_load(path.read_text())
+    del config["checkpointer"]
+    config["model"] = {"_component_": "pact_tune.hf.causal_lm", "path": "${checkpoint_dir}", **LORA, **model}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def replace_model(folder: Path, architecture: str) -> None:
+    """Another network in a checkpoint folder, with the tokenizer that lies there."""
+    old = json.loads((folder / "config.json").read_text())
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "max_position_embeddings", "initializer_range", "eos_token_id", "pad_token_id")  # fmt: skip
+    config = AutoConfig.for_model(architecture, **{key: old[key] for key in sizes}, **KINDS.get(architecture, {}))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def adapter_of(out: Path, epoch: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(out / f"epoch_{epoch}" / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_exports_reload_equal_and_are_verified(tmp_path, monkeypatch, architecture, capsys):
+    targets = "all-linear" if architecture == "qwen3_moe" else LORA["target_modules"]
+    targets = ["qkv_proj", "o_proj"] if architecture == "phi3" else targets
+    config = write_hf(tmp_path, architecture, target_modules=targets)
+    assert tune_run(monkeypatch, config, "epochs=2", "optimizer.lr=3e-2", "loss.preset=tail") is None
+    kl = logged(tmp_path / "out", "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-3
+    result, tokens = tmp_path / "out" / "epoch_1", torch.arange(5, 17)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        before = base(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(base, result / "adapter")(tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(result)(tokens).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    assert (merged - before).abs().max() > 1e-2
+    assert verify.main([str(result), "--rows", "2"]) == 0
+    assert "was trained with the constraint 'pact'" in capsys.readouterr().out
+    file = result / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+    with pytest.raises(Exception, match="is not the file"):
+        verify.main([str(result), "--rows", "2"])
+
+
+def test_two_processes_are_one(workspace, tmp_path):
+    outs = []
+    for processes in (1, 2):
+        outs.append(tmp_path / str(processes))
+        run = tune_run_processes(
+            workspace,
+            f"output_dir={outs[-1]}",
+            f"batch_size={4 // processes}",
+            "save_every_n_steps=2",
+            processes=processes,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+        assert ("2 processes: parameters are sharded" in run.stdout + run.stderr) == (processes == 2)
+    for name in ("ce", "kl", "gate"):
+        assert logged(outs[1], name) == pytest.approx(logged(outs[0], name), abs=1e-4)
+    one, two = adapter_of(outs[0]), adapter_of(outs[1])
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_resumed_run_ends_with_the_same_bits(workspace, tmp_path, monkeypatch):
+    arguments = ["epochs=2", "model.lora_dropout=0.2", "save_every_n_steps=3"]
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/whole", *arguments) is None
+    original = HFDecoder.loss
+    steps = []
+
+    def dying(self, *rest):
+        steps.append(None)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return original(self, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFDecoder, "loss", dying)
+        assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/cut", *arguments) == 130
+    assert (
+        tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/cut", *arguments, "resume_from_checkpoint=True")
+        is None
+    )
+    assert_same_bits(adapter_of(tmp_path / "cut", 1), adapter_of(tmp_path / "whole", 1))
+
+
+def test_training_goes_on_from_an_adapter_and_the_reference_lacks_it(workspace, tmp_path, monkeypatch):
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/first", "optimizer.lr=3e-2") is None
+    adapter = tmp_path / "first" / "epoch_0" / "adapter"
+    arguments = [f"model.adapter={adapter}", "max_steps_per_epoch=1"]
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/second", *arguments) is None
+    assert logged(tmp_path / "second", "kl")[0] > 1e-3
+    assert "model.r=4" in tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/no", *arguments, "model.r=2")
+
+
+def test_full_fine_tuning_is_saved_whole(workspace, tmp_path, monkeypatch):
+    arguments = [
+        "~model.r",
+        "~model.target_modules",
+        "~model.lora_alpha",
+        "optimizer.lr=1e-3",
+        f"output_dir={tmp_path}/out",
+    ]
+    assert tune_run(monkeypatch, workspace, *arguments) is None
+    result = tmp_path / "out" / "epoch_0"
+    assert verify.main([str(result), "--rows", "2"]) == 0
+    assert sorted(load_file(result / "model.safetensors")) == sorted(
+        load_file(workspace.parent / "model" / "model.safetensors")
+    )
+
+
+REFUSED = {
+    "a section that nobody reads": (
+        ["checkpointer={_component_: pact_tune.torchtune.HFCheckpointer, checkpoint_dir: a, output_dir: b}"],
+        "remove the section 'checkpointer'",
+    ),
+    "a target that is not there": (["model.target_modules=[nowhere]"], "model.target_modules"),
+    "a tied head": (["model.target_modules=[lm_head]"], "tied"),
+    "four bits without bitsandbytes": (["model.load_in_4bit=True", "save_adapter_weights_only=True"], "bitsandbytes"),
+    "an unknown key": (["model.lora_rank=4"], "lora_rank"),
+    "no checkpoint": (["model.path=nowhere"], "no Hugging Face checkpoint"),
+    "no adapter": (["model.r=null", "model.use_dora=True"], "set model.r"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_sentence(workspace, tmp_path, monkeypatch, case):
+    overrides, expected = REFUSED[case]
+    message = tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/out", *overrides)
+    assert expected in message and message.count("\n") == 0
+    assert not (tmp_path / "out" / "epoch_0").exists()
+
+
+def test_a_config_is_validated_without_weights(workspace, capsys):
+    assert cli.main(["validate", str(workspace)]) == 0
+    assert "parameters" in capsys.readouterr().out
