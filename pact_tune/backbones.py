@@ -24,6 +24,7 @@ class Backbone(Protocol):
         has_adapters (bool): False: all weights are trained.
         reference (dict[str, Any]): all that the frozen network's numbers depend on beside dtype.
         stamp (dict[str, Any]): which reference a result was trained against.
+        weight_bytes (int): of the checkpoint, and of a merged one.
         model (nn.Module): after :meth:`load`.
         decoder (Decoder): after :meth:`load`.
     """

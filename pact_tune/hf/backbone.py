@@ -131,6 +131,11 @@ class HFBackbone:
         known = self.reference["weights"]
         return Context(tokenizer, self.vocab_size, self.device, known, self.folder, self.adapted)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the checkpoint, and of a merged one."""
+        return sum(file.stat().st_size for file in self.folder.files)
+
     def load(self, tokenizer: PreTrainedTokenizerBase, trained: Trained | None, seed: int) -> None:
         """Loads the network; afterwards there are ``model`` and ``decoder``.
 
