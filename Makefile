@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench campaign clean
+.PHONY: demo test quick lint bench campaign clean
 
 demo: .venv/installed
 	$(BIN)/pact demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+quick: .venv/installed
+	$(BIN)/python -m pytest -n 2 -m quick $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

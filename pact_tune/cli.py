@@ -22,6 +22,7 @@ COMMANDS = {
     ("audit",): ("pact_tune.tools.audit", "which training rows the aligned model itself would have refused"),
     ("compare",): ("pact_tune.tools.compare", "evaluations side by side: table and page"),
     ("smollm2", "prepare"): ("pact_tune.tools.smollm2", "get, import and align SmolLM2, and measure its safety tokens"),
+    ("env",): ("pact_tune.tools.env", "versions, devices, and what is missing for which feature"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
     ("tokens", "from-templates"): (
         "pact_tune.tools.safety_tokens_from_templates",
@@ -72,12 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     if words is None:
         print(f"pact: unknown command '{' '.join(argv[:2])}'.\n{_usage()}", file=sys.stderr)
         return 2
-    tool = importlib.import_module(COMMANDS[words][0])
     # A module that serves several commands is told which one.
     told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1}
     rest = argv[told.get(words[0], len(words)) :]
     try:
-        return tool.main(rest) or 0
+        return _run(COMMANDS[words][0], rest) or 0
     except UserError as error:
         if log.debugging():
             raise
@@ -89,6 +89,19 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pact: interrupted.", file=sys.stderr)
         return 130
+
+
+def _run(tool: str, argv: list[str]) -> int | None:
+    """Imports a tool and runs it; a package of an extra that is not installed is a user error, wherever it is imported."""
+    try:
+        return importlib.import_module(tool).main(argv)
+    except ModuleNotFoundError as error:
+        from pact_tune import environment  # imports torch, which most commands need and `pact --help` does not
+
+        missing = environment.missing_package(error)
+        if missing is None:
+            raise
+        raise missing from error
 
 
 if __name__ == "__main__":

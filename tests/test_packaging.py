@@ -1,5 +1,6 @@
 """The wheel, as a user gets it: built from a copy of the sources, installed apart, and used from an unrelated folder."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = Path(sys.executable).parent
+# How the packages and metadata that extras bring are called; accelerate comes with PEFT and TRL.
+EXTRAS = (
+    "torchtune",
+    "torchao",
+    "peft",
+    "trl",
+    "scipy",
+    "openai",
+    "matplotlib",
+    "gguf",
+    "accelerate",
+    "__editable__",
+    "pact_tune",
+)
 
 
 def run(*command, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
@@ -44,18 +59,44 @@ def wheel(tmp_path_factory) -> Path:
     return file
 
 
-@pytest.fixture(scope="module")
-def environment(wheel, tmp_path_factory) -> Path:
-    """A virtual environment with the wheel; everything else it takes from this one, whose editable install it lacks."""
-    folder = tmp_path_factory.mktemp("environment")
+def environment_with(wheel: Path, folder: Path, dependencies: Path | str) -> Path:
+    """A virtual environment with the wheel, that finds everything else in another folder."""
     result = run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
     assert result.returncode == 0, result.stderr
     python = folder / "bin" / "python"
     pip("--python", python, "install", wheel, cwd=folder)
     site_packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=folder).stdout.strip())
     # A path in a .pth file is searched last, and .pth files in it, such as an editable install's, are not read.
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site_packages / "dependencies.pth").write_text(f"{dependencies}\n")
     return folder
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> Path:
+    """The wheel beside everything that is installed here."""
+    return environment_with(wheel, tmp_path_factory.mktemp("environment"), sysconfig.get_path("purelib"))
+
+
+@pytest.fixture(scope="module")
+def core(wheel, tmp_path_factory) -> Path:
+    """The wheel beside the core's dependencies: what the extras bring is not there, nor its metadata."""
+    installed = tmp_path_factory.mktemp("core_packages")
+    for path in Path(sysconfig.get_path("purelib")).iterdir():
+        if not path.name.startswith(EXTRAS):
+            (installed / path.name).symlink_to(path)
+    return environment_with(wheel, tmp_path_factory.mktemp("core"), installed)
+
+
+@pytest.fixture(scope="module")
+def result(environment, tmp_path_factory) -> Path:
+    """`tune run` of the demo config, which finds recipe, config, model, data and safety tokens in the wheel."""
+    folder = tmp_path_factory.mktemp("run")
+    command = ["run", "pact_lora_finetune", "--config", "demo/pact_lora"]
+    overrides = ["max_steps_per_epoch=1", "epochs=1", "dataset.n=20", "output_dir=here"]
+    done = run(environment / "bin" / "python", SCRIPTS / "tune", *command, *overrides, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert str(ROOT) not in done.stdout + done.stderr
+    return folder / "here" / "epoch_0"
 
 
 def files_below(folder: str) -> set[str]:
@@ -102,12 +143,53 @@ def test_commands_work_from_any_folder(environment, tmp_path):
     assert wrong.returncode == 2 and "unknown command 'tokns'" in wrong.stderr
 
 
-def test_the_recipe_runs_from_any_folder(environment, tmp_path):
-    """`tune run` of the demo config finds recipe, config, model, data and safety tokens in the wheel."""
-    command = ["run", "pact_lora_finetune", "--config", "demo/pact_lora"]
-    overrides = ["max_steps_per_epoch=1", "epochs=1", "dataset.n=20", "output_dir=here"]
-    result = run(environment / "bin" / "python", SCRIPTS / "tune", *command, *overrides, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "here" / "epoch_0" / "adapter" / "adapter_model.safetensors").is_file()
-    assert (tmp_path / "here" / "epoch_0" / "model.safetensors").is_file()
-    assert str(ROOT) not in result.stdout + result.stderr
+def test_the_recipe_runs_from_any_folder(result):
+    assert (result / "adapter" / "adapter_model.safetensors").is_file()
+    assert (result / "model.safetensors").is_file()
+
+
+EVERY_PUBLIC_NAME = """
+import importlib.util, sys
+import pact_tune, pact_tune.objectives, pact_tune.reference.source, pact_tune.decoder, pact_tune.run_state
+assert not any(importlib.util.find_spec(name) for name in ("torchtune", "torchao", "peft"))
+print(*(name for name in pact_tune.__all__ if getattr(pact_tune, name) is None), sep="")
+print(len(pact_tune.objectives.__all__) > 3)
+"""
+
+
+def test_the_core_needs_no_extra(core, result, tmp_path):
+    """Public names and the commands that train nothing, where torchtune, torchao, PEFT, TRL and the rest are not installed."""
+    names = run(core / "bin" / "python", "-c", EVERY_PUBLIC_NAME, cwd=tmp_path)
+    assert names.returncode == 0 and names.stdout == "\nTrue\n", names.stderr
+
+    def pact(*arguments) -> str:
+        done = run(core / "bin" / "pact", *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    model = result.parent.parent / "model"
+    shutil.copytree(ROOT / "pact_tune" / "demo" / "family" / "aligned", model)
+    pact("tokens", "from-templates", "--tokenizer", model, "--output", "tokens")
+    assert "sorry" in pact("tokens", "show", "tokens")
+    assert "--aligned" in pact("tokens", "compute", "--help")
+    assert "was trained with the constraint" in pact("verify", result, "--base", model, "--rows", "2")
+
+
+def test_env_says_what_is_missing_and_commands_say_how_to_get_it(core, environment, tmp_path):
+    def features(where: Path) -> dict[str, dict]:
+        report = json.loads(run(where / "bin" / "pact", "env", "--json", cwd=tmp_path).stdout)
+        assert report["versions"]["pact-tune"] and report["devices"][0].startswith("cpu")
+        return {feature["name"].split(":")[0]: feature for feature in report["features"]}
+
+    assert features(environment)["torchtune recipe"]["problems"] == []
+    missing = features(core)
+    for name in ("torchtune recipe", "TRL trainer", "evaluation", "GGUF files"):
+        assert missing[name]["problems"], name
+    assert missing["torchtune recipe"]["mend"] == "pip install 'pact-tune[torchtune]'"
+    shown = run(core / "bin" / "pact", "env", cwd=tmp_path).stdout
+    assert "missing  torchtune recipe" in shown and "torchtune is not installed" in shown
+
+    for command in (["ls"], ["run", "pact_lora_finetune"], ["validate", "demo/pact_lora"]):
+        refused = run(core / "bin" / "pact", *command, cwd=tmp_path)
+        assert refused.returncode == 1 and "pip install 'pact-tune[torchtune]'" in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr
