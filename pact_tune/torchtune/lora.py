@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Mapping
-from typing import get_args
 
 import torch
 from omegaconf import DictConfig
@@ -12,13 +11,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from torchtune import config, training
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
-from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
+from torchtune.modules.peft import DoRALinear, LoRALinear
 
 from pact_tune import sharded
 from pact_tune.adapters import LoRASpec
-from pact_tune.errors import UserError, unknown_key
+from pact_tune.errors import UserError
 
-ATTENTION_MODULES = get_args(LORA_ATTN_MODULES)
 NF4_BLOCK = 64 * 256  # weights that share one second-level scale; NF4 takes multiples of it only
 
 
@@ -41,11 +39,6 @@ def build(cfg_model: DictConfig, world_size: int = 1, adapter_dtype: torch.dtype
     Raises:
         UserError: it cannot be built, or its reference or export would not be right.
     """
-    if cfg_model.get("lora_rank", 1) < 1:
-        raise UserError("model.lora_rank must be at least 1.")
-    for name in cfg_model.get("lora_attn_modules", ()):
-        if name not in ATTENTION_MODULES:  # torchtune would leave it out without a word
-            raise unknown_key(name, ATTENTION_MODULES, "model.lora_attn_modules")
     try:
         model = config.instantiate(cfg_model)
     except (TypeError, ValueError, AssertionError) as error:
