@@ -36,6 +36,7 @@ from pact_tune.torchtune.config import find_config, read_command_line
 CONFIGS = ("demo/pact_lora", "qwen2_5/0.5B_pact_lora", "llama3_1/8B_pact_lora")
 MENDS = (
     "correct ",
+    "must both be given",
     "must be",
     "give ",
     "takes ",
