@@ -100,6 +100,20 @@ class MixSettings:
     constraint_weight: Weight = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class AlignmentSettings:
+    """Section ``alignment`` of a method that trains on alignment data, too; see :func:`pact_tune.chat_dataset`."""
+
+    source: Text | list[Text]
+    name: Text | None = None
+    split: Text | None = None
+    columns: dict[str, Any] | None = None
+    system: Text | None = None
+    n: Count | None = None
+    max_seq_len: Count | None = None
+    seed: Seed = 0
+
+
 # Parameters by the names that libraries (torch.optim, torchtune) give them, with a type at best, and never a range.
 LIBRARY: dict[str, Any] = {
     "lr": Annotated[Number, Field(gt=0, le=10)],

@@ -104,6 +104,16 @@ class Schedule:
             return self.tokens(range(self.main)) * min(1, self.rows_per_step / self.main)
         return self.tokens(step)
 
+    def constraint_factor(self, step: Step) -> float:
+        """What the constraint's weights are multiplied by, so that of a stream that has it alone the mean is taken.
+
+        Sums are divided by a step's trained tokens, and such a stream has none.
+        """
+        if self.stream is None or not self.stream.alone:
+            return 1.0
+        constrained = sum(self.rows[row].num_response_tokens * self.rows[row].weight for row in step)
+        return self.tokens(step) / constrained if constrained else 1.0
+
     def tokens(self, rows: Sequence[int]) -> float:
         """Response tokens of some rows by the weights of their cross-entropy; by the constraint's where none is trained."""
         trained = sum(self.rows[row].num_response_tokens * self.rows[row].ce_weight for row in rows)

@@ -119,6 +119,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             validation = config.instantiate(cfg.validation_dataset, self.tokenizer)
             logger.info(f"Validation data: {'; '.join(map(str, validation.counts))}")
             held_out = validation.conversations
+        if stream is not None:
+            main, held_out = stream.beside(main), stream.beside(held_out)
         trained = [*main, *(stream.rows if stream else ())]
         self.rows = [*trained, *held_out]
         self.validation_rows = range(len(trained), len(self.rows))
@@ -237,11 +239,13 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         # Dropout depends on seed, step and rank alone, so that a resumed run draws the same.
         torch.manual_seed((self.cfg.seed * 1_000_003 + self.global_step) * 1024 + self.rank)
         self.reference.fill_lazily(step)
-        divisor = self.schedule.divisor(step)
+        if self.objective.before_step is not None:
+            self.objective.before_step(step)
+        divisor, factor = self.schedule.divisor(step), self.schedule.constraint_factor(step)
         terms = torch.zeros(len(self.objective.names), device=self.device)
         for rows in self.schedule.micro_batches(step, self.rank):
             # All ranks know the global batch, so its token count needs no communication. FSDP averages over ranks.
-            loss, more = self.loss(rows, self.world_size / divisor)
+            loss, more = self.loss(rows, self.world_size / divisor, factor)
             loss.backward()
             terms += more
         self.interval.add(self.global_step + 1, step, terms)
@@ -257,14 +261,15 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         if self.objective.after_step is not None:
             self.objective.after_step(self._means_of(step, terms))
 
-    def loss(self, rows: list[int], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and terms of one forward on this rank's rows."""
+    def loss(self, rows: list[int], scale: float, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and terms of one forward on this rank's rows; ``factor`` is of the constraint's weights."""
         batch = collate([self.rows[row] for row in rows], self.decoder.pad_id, self.cfg.packed)
         reference = self.reference.read(rows)
         batch = batch.to(self.device)
+        weight = batch.weight * factor
         if self.objective.weigh is not None:
-            factor = self.objective.weigh(reference["full"], batch.position, batch.row)
-            batch = dataclasses.replace(batch, weight=batch.weight * factor)
+            weight = weight * self.objective.weigh(reference["full"], batch.position, batch.row)
+        batch = dataclasses.replace(batch, weight=weight)
         return self.decoder.loss(batch, self.objective, reference, scale)
 
     def _validate(self, epoch: int) -> None:

@@ -1,5 +1,7 @@
 """The seam: every method against a naive computation after steps have moved the student, and what a method may ask for."""
 
+import dataclasses
+import json
 import math
 import sys
 from pathlib import Path
@@ -409,3 +411,129 @@ def test_a_base_model_that_is_none(llama, workspace, tmp_path, method):
         with pytest.raises(UserError, match=words) as raised:
             recipe_after(config, 0, output_dir=str(tmp_path / "out"))
         assert "loss.base" in str(raised.value)
+
+
+@pytest.fixture(scope="module")
+def anchors(tmp_path_factory):
+    """Five rows of refusals, as `pact anchors` writes them."""
+    path = tmp_path_factory.mktemp("anchors") / "anchors.jsonl"
+    rows = [{"prompt": f"How do I break window {i}?", "response": "I cannot help" + " with that" * i} for i in range(5)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def lisa_loss(anchors, **settings):
+    return {"_component_": "pact_tune.objectives.lisa", "alignment": {"source": str(anchors)}, **settings}
+
+
+def next_step(recipe):
+    epoch, step = divmod(recipe.global_step, recipe.schedule.steps_per_epoch)
+    return recipe.schedule.epoch(epoch)[step]
+
+
+def test_lisa_alternates_and_is_pulled_to_where_the_other_state_ended(workspace, anchors, tmp_path):
+    loss = lisa_loss(anchors, k1=2, k2=3, rho=0.5)
+    recipe = recipe_after(config_with(loss, workspace, tmp_path), 0, output_dir=str(tmp_path / "out"), epochs=2)
+    assert recipe.schedule.steps_per_epoch == 10 + 2 + 2 + 2 + 1
+    states, penalties, expected = "", [], []
+    for _ in range(22):
+        rows = next_step(recipe)
+        aligning = {row >= 40 for row in rows}
+        assert len(aligning) == 1 and len(rows) == 4
+        if not states or states[-1] != "UA"[aligning == {True}]:
+            left = recipe.backbone.gather()
+        states += "UA"[aligning == {True}]
+        now = recipe.backbone.gather()
+        expected.append(0.25 * sum((now[name] - left[name]).square().sum().item() for name in now))
+        recipe.step(rows)
+        penalties.append(recipe.penalty.item())
+    assert states == "AAUUUAAUUUAAUUUAU" + "AAUUU"
+    assert penalties == pytest.approx(expected, rel=1e-4) and penalties[20] > 1e-3
+    drawn = [row - 40 for step in recipe.schedule.epoch(0) for row in step if row >= 40]
+    assert sorted(drawn[:5]) == list(range(5)) and len(drawn) == 4 * 7  # each once before any comes again
+
+
+def test_lisa_without_its_proximal_term_is_alternating_sft(workspace, anchors, tmp_path):
+    ends = []
+    for penalty in (True, False):
+        config = config_with(lisa_loss(anchors, k1=2, k2=3, rho=0.0), workspace, tmp_path)
+        recipe = recipe_after(config, 0, output_dir=str(tmp_path / "out"))
+        if not penalty:
+            recipe.objective = dataclasses.replace(recipe.objective, penalty=None, before_step=None, state=None)
+        for step in recipe.schedule.epoch(0)[:7]:
+            recipe.step(step)
+        ends.append(recipe.backbone.gather())
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name])
+
+
+def sbr_loss(anchors, **settings):
+    return {"_component_": "pact_tune.objectives.sbr", "prompts": str(anchors), **settings}
+
+
+def test_sbr_after_twenty_steps(workspace, anchors, tmp_path):
+    """Mean over tokens of the cross-entropy + alpha * mean over anchors and hidden units of the squared distance."""
+    config = config_with(sbr_loss(anchors, alpha=20.0, per_step=2), workspace, tmp_path)
+    recipe = recipe_after(config, 20, output_dir=str(tmp_path / "out"), optimizer={"lr": 3e-3}, epochs=2)
+    steps = [step for epoch in (0, 1) for step in recipe.schedule.epoch(epoch)]
+    assert all(len([row for row in step if row >= 40]) == 2 for step in steps)
+    assert [row - 40 for step in steps[:3] for row in step[4:]] == [0, 1, 2, 3, 4, 0]
+    assert len(recipe.reference.cache) == 5  # nothing of the rows that are only trained on
+    step = steps[0]
+    (micro,) = [recipe.schedule.micro_batches(step, 0)]
+    tokens, factor = recipe.schedule.divisor(step), recipe.schedule.constraint_factor(step)
+    loss = sum(recipe.loss(rows, 1 / tokens, factor)[0] for rows in micro)
+
+    student, _, labels, _ = full_logits(recipe, step[:4])
+    expected = torch.nn.functional.cross_entropy(student, labels)
+    for number in step[4:]:
+        tokens = recipe.rows[number].tokens
+        assert recipe.tokenizer.decode(tokens[:-1]).endswith("<|im_start|>assistant\n")
+        batch = Batch(torch.tensor([tokens[:-1]]), *[torch.tensor([len(tokens) - 2])] * 6)
+        hidden = recipe.decoder.run(batch, lambda hidden, head: hidden)
+        with torch.no_grad(), disable_adapter(recipe.model):
+            frozen = recipe.decoder.run(batch, lambda hidden, head: hidden)
+        distance = (hidden - frozen).square().mean()
+        assert distance > 1e-6
+        expected = expected + 20.0 * distance / 2
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    trained = [p for p in recipe.model.parameters() if p.requires_grad]
+    for one, other in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lisa_loss, sbr_loss])
+def test_a_second_stream_on_one_process_and_on_two(workspace, anchors, tmp_path, make):
+    more = {"k1": 1, "k2": 2} if make is lisa_loss else {"per_step": 3}
+    config = config_with(make(anchors, **more), workspace, tmp_path)
+    for processes in (1, 2):
+        arguments = [f"output_dir={tmp_path}/{processes}", f"batch_size={8 // processes}", "batch_by_length=False"]
+        done = tune_run_processes(config, *arguments, processes=processes)
+        assert done.returncode == 0, done.stderr
+    for metric in ("loss", "ce", "penalty" if make is lisa_loss else "sbr"):
+        one, two = logged(tmp_path / "1", metric), logged(tmp_path / "2", metric)
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5) and max(one) > 0
+
+
+def resumed_is_whole(config: Path, folder: Path, at: int, **overrides) -> None:
+    """A run that stops after some steps and goes on ends with the same bits as one that does not."""
+    cfg = OmegaConf.merge(OmegaConf.load(config), OmegaConf.create(overrides))
+    for name in ("whole", "parts"):
+        cfg.output_dir = str(folder / name)
+        OmegaConf.save(cfg, config)
+        if name == "parts":
+            recipe_after(config, at)._save_state()
+            OmegaConf.save(OmegaConf.merge(cfg, {"resume_from_checkpoint": True}), config)
+        recipe = recipe_after(config, 0)
+        recipe.train()
+        recipe.cleanup()
+    whole, parts = (
+        load_file(folder / name / f"epoch_{cfg.epochs - 1}" / "adapter" / "adapter_model.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_lisa_resumes_with_both_states(workspace, anchors, tmp_path):
+    config = config_with(lisa_loss(anchors, k1=2, k2=3, rho=2.0), workspace, tmp_path)
+    resumed_is_whole(config, tmp_path, at=9, epochs=1)  # in the middle of a state

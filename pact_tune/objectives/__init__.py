@@ -4,8 +4,10 @@ from pact_tune.objectives.anchored_sft import anchored_sft
 from pact_tune.objectives.asft import asft
 from pact_tune.objectives.base import Chunk, Context, Objective, Stream
 from pact_tune.objectives.constrained_sft import constrained_sft
+from pact_tune.objectives.lisa import lisa
 from pact_tune.objectives.pact import pact
 from pact_tune.objectives.safelora import safelora
+from pact_tune.objectives.sbr import sbr
 from pact_tune.objectives.sft import sft
 from pact_tune.objectives.str_ import str_
 
@@ -17,8 +19,10 @@ __all__ = [
     "anchored_sft",
     "asft",
     "constrained_sft",
+    "lisa",
     "pact",
     "safelora",
+    "sbr",
     "sft",
     "str_",
 ]

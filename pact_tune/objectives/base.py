@@ -9,7 +9,7 @@ decoders know no method by name.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -94,10 +94,16 @@ class Stream:
         rows (Sequence[Conversation]): appended to the run's own rows, and numbered on from them.
         arrange (Callable): (steps of an epoch, number of the stream's first row, epoch) to the steps that are run. Must
             give every epoch as many.
+        alone (bool): the constraint is on these rows alone, and its terms are means over their positions.
     """
 
     rows: Sequence[Conversation]
     arrange: Callable[[list[Step], int, int], list[Step]]
+    alone: bool = False
+
+    def beside(self, rows: Sequence[Conversation]) -> list[Conversation]:
+        """The run's own rows as they are beside the stream's: without the constraint, where that is on these alone."""
+        return [replace(row, weight=0.0) for row in rows] if self.alone else list(rows)
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,8 @@ class Objective:
         penalty (Callable | None): a term of the trained weights, added once an optimiser step, before clipping: (name of
             a module, its trained weights, whole, under the backbone's names) to a scalar. The same on any number of
             processes.
+        before_step (Callable[[Step], None] | None): told the rows of each step before it is computed; what it keeps of them
+            belongs into ``state``.
         after_step (Callable[[dict[str, float]], None] | None): given the step's terms, as they count in the loss and equal on
             all ranks; may change the coefficients.
         stream (Stream | None): more rows.
@@ -142,6 +150,7 @@ class Objective:
     report: Callable[[Iterable[tuple[torch.Tensor, torch.Tensor]]], list[str]] | None = None
     weigh: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     penalty: Callable[[str, dict[str, torch.Tensor]], torch.Tensor] | None = None
+    before_step: Callable[[Step], None] | None = None
     after_step: Callable[[dict[str, float]], None] | None = None
     stream: Stream | None = None
     state: Stateful | None = None

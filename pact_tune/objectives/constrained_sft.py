@@ -33,6 +33,7 @@ def constrained_sft(
 
     def terms(chunk: Chunk) -> dict[str, torch.Tensor]:
         betas = constrained_sft_betas(chunk.position, beta, first_token_factor, bias_factor, bias_length)
+        betas = betas * chunk.weight  # 0 is plain cross-entropy, for rows that are not constrained
         loss = constrained_sft_loss(chunk.label_logprobs, chunk.reference["full"][:, 0], betas)
         return {"constrained_ce": (loss * chunk.ce_weight).sum(), "ce": chunk.ce}
 

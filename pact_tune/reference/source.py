@@ -102,6 +102,7 @@ class ReferenceSource:
         """
         if not self.objective.views:
             return
+        used = [row for row in used if self.rows[row].weight]
         if self.cache is not None:
             self.fill(self.cache, used)
             self._check(self.cache, used)
@@ -249,10 +250,23 @@ class ReferenceSource:
             rows (Sequence[int]): row numbers of one micro-batch; may be empty.
 
         Returns:
-            dict[View, torch.Tensor]: ``[T, W]`` a view, on the device.
+            dict[View, torch.Tensor]: ``[T, W]`` a view, on the device; zeros for rows that are not constrained, of which
+            nothing is computed or stored.
         """
         if not self.objective.views:
             return {}
+        constrained = [row for row in rows if self.rows[row].weight]
+        found = self._read_rows(constrained)
+        if len(constrained) == len(rows):
+            return found
+        weights = [self.rows[row].weight for row in rows for _ in range(self.rows[row].num_response_tokens)]
+        where = to_device(torch.tensor(weights).nonzero()[:, 0], self.device)
+        return {
+            view: values.new_zeros(len(weights), values.shape[1]).index_copy(0, where, values)
+            for view, values in found.items()
+        }
+
+    def _read_rows(self, rows: Sequence[int]) -> dict[View, torch.Tensor]:
         full = self._read([self.rows[row] for row in rows])
         if "response_only" not in self.objective.views:
             return {"full": full}
@@ -279,9 +293,10 @@ class ReferenceSource:
     # Views -----------------------------------------------------------------------------------------------------------
 
     def _views(self, row: int) -> Iterator[Conversation]:
-        """The reference views of a row that the objective needs."""
-        yield self.rows[row]
-        yield from self._prepare(row).response_only
+        """The reference views of a row that the objective needs; none where it is not constrained."""
+        if self.rows[row].weight:
+            yield self.rows[row]
+            yield from self._prepare(row).response_only
 
     def _prepare(self, row: int) -> _Row:
         if row not in self._prepared:
