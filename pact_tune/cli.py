@@ -19,6 +19,10 @@ COMMANDS = {
     ("merge",): ("pact_tune.tools.merge", "merge a LoRA adapter into its base model"),
     ("import-gguf",): ("pact_tune.tools.import_gguf", "write a GGUF file as a Hugging Face checkpoint"),
     ("evaluate",): ("pact_tune.tools.evaluate", "ask models the benchmarks, judge the answers, compare"),
+    ("anchors",): (
+        "pact_tune.tools.anchors",
+        "prompts with the aligned model's own answers, to train on beside the data",
+    ),
     ("audit",): ("pact_tune.tools.audit", "which training rows the aligned model itself would have refused"),
     ("compare",): ("pact_tune.tools.compare", "evaluations side by side: table and page"),
     ("smollm2", "prepare"): ("pact_tune.tools.smollm2", "get, import and align SmolLM2, and measure its safety tokens"),

@@ -89,7 +89,7 @@ class Fields:
 
 @dataclass(frozen=True, kw_only=True)
 class MixSettings:
-    """Section ``mix`` of a dataset, or an item of a list of them; see :func:`pact_tune.chat_dataset`."""
+    """Section ``mix`` of a dataset, or an item of a list of them, or section ``anchors``; see :func:`pact_tune.chat_dataset`."""
 
     source: Text | list[Text]
     fraction: Annotated[Number, Field(ge=0, lt=1)]
@@ -141,6 +141,7 @@ LIBRARY: dict[str, Any] = {
     "n": Count,
     "seed": Seed,
     "mix": MixSettings | list[MixSettings],
+    "anchors": MixSettings,
     "log_dir": PathText,
     "filename": PathText,
 }

@@ -126,6 +126,7 @@ def chat_dataset(
     mix: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     seed: Seed = 0,
     max_seq_len: Count | None = None,
+    anchors: Mapping[str, Any] | None = None,
     audit: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> ChatDataset:
@@ -148,6 +149,8 @@ def chat_dataset(
             constraint alone, ``constraint_weight: 0`` trains on them without it.
         seed (int): of the drawing and of the order.
         max_seq_len (int | None): rows of more tokens are left out, and counted.
+        anchors (Mapping[str, Any] | None): one more source, with the keys of ``mix``: the aligned model's own answers, as
+            ``pact anchors`` writes them. An audit is not about them, since it would drop the refusals.
         audit (Mapping[str, Any] | None): ``file``, the output of ``pact audit`` on all of these sources, and ``action``,
             what becomes of rows that the aligned model would have refused: "report" (the default: they are counted), "drop"
             (drawn like any row, then left out: what remains is the same run without them) or "constraint_only" (their cross-entropy is not trained on).
@@ -169,10 +172,13 @@ def chat_dataset(
         _mixed(other, "dataset.mix" if isinstance(mix, Mapping) else f"dataset.mix[{i}]")
         for i, other in enumerate(others)
     ]
+    if anchors is not None:
+        mixed.append(_anchors(anchors))
     fractions = [fraction for fraction, _ in mixed]
     total = sum(fractions)
     if total >= 1:
-        raise UserError(f"The fractions of dataset.mix add up to {total:g}; they leave no room for dataset.source.")
+        which = "dataset.mix" if anchors is None else "dataset.mix and dataset.anchors"
+        raise UserError(f"The fractions of {which} add up to {total:g}; they leave no room for dataset.source.")
 
     wanted = None if n is None else [round(n * fraction) for fraction in fractions]
     first_n = None if n is None or wanted is None else n - sum(wanted)
@@ -200,6 +206,7 @@ class _Source:
     columns: Mapping[str, str] | None = None
     ce_weight: float = 1.0
     constraint_weight: float = 1.0
+    audited: bool = True
 
     @property
     def title(self) -> str:
@@ -225,6 +232,17 @@ def _mixed(mix: Mapping[str, Any], where: str) -> tuple[float, _Source]:
     if source.ce_weight == source.constraint_weight == 0:
         raise UserError(f"Both weights of '{where}' are 0, so its rows do nothing: leave the source out.")
     return fraction, source
+
+
+def _anchors(section: Mapping[str, Any]) -> tuple[float, _Source]:
+    fraction, source = _mixed(section, "dataset.anchors")
+    # A relative name without a slash may be one of the Hub, but a file of rows is what `pact anchors` writes.
+    missing = [name for name in [source.source] if str(name).endswith(".jsonl") and not Path(str(name)).exists()]
+    if missing:
+        raise UserError(
+            f"The anchors '{missing[0]}' do not exist: make them with `pact anchors`, or correct dataset.anchors."
+        )
+    return fraction, replace(source, audited=False)
 
 
 def _is_number(value: Any) -> bool:
@@ -281,7 +299,7 @@ class _Reader:
         layout = where.columns or _layout(row)
         counts.ignore(_ignored(row, layout))
         messages = _messages(row, layout)
-        refused = self.audit is not None and self.audit.refused(messages, counts.source)
+        refused = self.audit is not None and where.audited and self.audit.refused(messages, counts.source)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
         _check_unicode(messages)

@@ -46,7 +46,8 @@ def safelora(
 
     def finish(adapter: Factors) -> Factors:
         projected, cosines = dict(adapter), {}
-        for _, module, direction in alignment_directions(context, base):
+        for own, module, direction in alignment_directions(context, base):
+            module = module if module in adapter else own  # where a checkpoint has older names than its model
             a, b = (factor.to(context.device, torch.float32) for factor in adapter[module])
             inside = project(direction.to(context.device), b)
             cosine = inner(inside, b, a) / (inner(inside, inside, a) * inner(b, b, a)).sqrt()
