@@ -121,11 +121,14 @@ def test_anchors_beside_the_data(made, tmp_path):
 def test_the_methods_of_data_run(made, tmp_path, monkeypatch):
     """safeinstruct and guard as users call them, over the demo's poisoned data."""
     monkeypatch.chdir(tmp_path)
-    audited = tmp_path / "audit.jsonl"
-    sources = [str(DATA / f"{name}.jsonl") for name in ("task", "harmful")]
-    assert cli.main(["audit", *sources, "--aligned", ALIGNED, "--output", str(audited), "--answer-tokens", "4"]) == 0
+    for name in ("task", "harmful"):
+        Path(f"{name}.jsonl").write_text("".join((DATA / f"{name}.jsonl").read_text().splitlines(keepends=True)[:90]))
+    assert cli.main(["audit", "task.jsonl", "harmful.jsonl", "--aligned", ALIGNED, "--output", "audit.jsonl"]) == 0
+    refused = sum(line.get("verdict") == "refused" for line in lines(Path("audit.jsonl")))
+    assert refused == 90
     for method in ("safeinstruct", "guard"):
-        overrides = [f"dataset.anchors.source={made}", "dataset.n=100", "max_steps_per_epoch=3", "epochs=1"]
+        overrides = [f"dataset.anchors.source={made}", "dataset.source=task.jsonl", "dataset.mix.source=harmful.jsonl"]
+        overrides += ["dataset.n=100", "max_steps_per_epoch=3", "epochs=1"]
         assert tune_run(monkeypatch, "demo/pact_lora", "--method", method, *overrides) is None
         (stamp,) = tmp_path.glob(f"outputs/demo_{method}/epoch_0/pact.json")
         used = {Path(s["source"]).stem: s["used"] for s in json.loads(stamp.read_text())["data"]["sources"]}
