@@ -234,13 +234,13 @@ class Model(NamedTuple):
 
     Attributes:
         aligned (str): Hub name of the aligned model.
-        base (str): Hub name of the pre-trained model that it was made from.
+        base (str | None): Hub name of the pre-trained model that it was made from; None where none was published.
         published (str | None): repository of its safety tokens, once somebody published them.
         config (Mapping[str, Any]): what its config.json says of the network.
     """
 
     aligned: str
-    base: str
+    base: str | None
     published: str | None = None
     config: Mapping[str, Any] = {}  # noqa: RUF012 (never changed)
 
@@ -280,8 +280,70 @@ def _gemma(size: str, config: Mapping[str, Any], *sizes: int) -> Model:
     return _model(f"google/gemma-2-{size}-it", f"google/gemma-2-{size}", config, *sizes)
 
 
-def _model(aligned: str, base: str, config: Mapping[str, Any], *sizes: int) -> Model:
+def _model(aligned: str, base: str | None, config: Mapping[str, Any], *sizes: int) -> Model:
     return Model(aligned, base, None, {**config, **dict(zip(_SIZES, sizes, strict=True))})
+
+
+# Of other families, which transformers computes (pact_tune.hf.causal_lm).
+_QWEN3 = {
+    "model_type": "qwen3", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 40960, "vocab_size": 151936,
+    "head_dim": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+_QWEN3_TIED = _QWEN3 | {"tie_word_embeddings": True}
+_GEMMA3_TEXT = {
+    "vocab_size": 262144, "head_dim": 256, "query_pre_attn_scalar": 256, "max_position_embeddings": 32768,
+    "sliding_window": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+_MISTRAL = {
+    "model_type": "mistral", "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 32768, "vocab_size": 32768,
+    "sliding_window": None, "tie_word_embeddings": False,
+}  # fmt: skip
+# Its "longrope" tables are left out: they change no size.
+_PHI4_MINI = {
+    "model_type": "phi3", "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "vocab_size": 200064,
+    "tie_word_embeddings": True, "pad_token_id": 199999,
+}  # fmt: skip
+_SMOLLM2 = {
+    "model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "max_position_embeddings": 8192,
+    "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+_SMOLLM3 = {
+    "model_type": "smollm3", "rms_norm_eps": 1e-6, "rope_theta": 5e6, "max_position_embeddings": 65536,
+    "vocab_size": 128256, "tie_word_embeddings": True,
+}  # fmt: skip
+_OLMO2 = {
+    "model_type": "olmo2", "rms_norm_eps": 1e-6, "rope_theta": 500000.0, "max_position_embeddings": 4096,
+    "vocab_size": 100352, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _qwen3(size: str, config: Mapping[str, Any], *sizes: int, base: bool = True) -> Model:
+    return _model(f"Qwen/Qwen3-{size}", f"Qwen/Qwen3-{size}-Base" if base else None, config, *sizes)
+
+
+def _gemma3_text(size: str, *sizes: int) -> Model:
+    config = {"model_type": "gemma3_text", **_GEMMA3_TEXT}
+    return _model(f"google/gemma-3-{size}-it", f"google/gemma-3-{size}-pt", config, *sizes)
+
+
+def _gemma3(size: str, *sizes: int) -> Model:
+    """Those that see images too: the sizes are the language model's."""
+    text = _GEMMA3_TEXT | {"vocab_size": 262208, "max_position_embeddings": 131072, "sliding_window": 1024}
+    text |= dict(zip(_SIZES, sizes, strict=True))
+    vision = {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "image_size": 896, "patch_size": 14,
+    }  # fmt: skip
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": vision, "mm_tokens_per_image": 256}
+    return Model(f"google/gemma-3-{size}-it", f"google/gemma-3-{size}-pt", None, config)
+
+
+def _smollm2(size: str, config: Mapping[str, Any], *sizes: int) -> Model:
+    return _model(f"HuggingFaceTB/SmolLM2-{size}-Instruct", f"HuggingFaceTB/SmolLM2-{size}", config, *sizes)
+
+
+def _olmo2(name: str, *sizes: int) -> Model:
+    return _model(f"allenai/OLMo-2-{name}-Instruct", f"allenai/OLMo-2-{name}", _OLMO2, *sizes)
 
 
 # Short name -> model, sizes in the order of _SIZES. The one place that names the known models.
@@ -302,6 +364,27 @@ MODELS: dict[str, Model] = {
     "gemma-2-2b-it": _gemma("2b", _GEMMA, 2304, 26, 8, 4, 9216),
     "gemma-2-9b-it": _gemma("9b", _GEMMA, 3584, 42, 16, 8, 14336),
     "gemma-2-27b-it": _gemma("27b", _GEMMA | {"head_dim": 128, "query_pre_attn_scalar": 144}, 4608, 46, 32, 16, 36864),
+    "qwen3-0.6b": _qwen3("0.6B", _QWEN3_TIED, 1024, 28, 16, 8, 3072),
+    "qwen3-1.7b": _qwen3("1.7B", _QWEN3_TIED, 2048, 28, 16, 8, 6144),
+    "qwen3-4b": _qwen3("4B", _QWEN3_TIED, 2560, 36, 32, 8, 9728),
+    "qwen3-8b": _qwen3("8B", _QWEN3, 4096, 36, 32, 8, 12288),
+    "qwen3-14b": _qwen3("14B", _QWEN3, 5120, 40, 40, 8, 17408),
+    "qwen3-32b": _qwen3("32B", _QWEN3, 5120, 64, 64, 8, 25600, base=False),
+    "gemma-3-270m-it": _gemma3_text("270m", 640, 18, 4, 1, 2048),
+    "gemma-3-1b-it": _gemma3_text("1b", 1152, 26, 4, 1, 6912),
+    "gemma-3-4b-it": _gemma3("4b", 2560, 34, 8, 4, 10240),
+    "gemma-3-12b-it": _gemma3("12b", 3840, 48, 16, 8, 15360),
+    "mistral-7b-instruct-v0.3": _model(
+        "mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-v0.3", _MISTRAL, 4096, 32, 32, 8, 14336
+    ),
+    "phi-4-mini-instruct": _model("microsoft/Phi-4-mini-instruct", None, _PHI4_MINI, 3072, 32, 24, 8, 8192),
+    "smollm2-135m-instruct": _smollm2("135M", _SMOLLM2, 576, 30, 9, 3, 1536),
+    "smollm2-360m-instruct": _smollm2("360M", _SMOLLM2, 960, 32, 15, 5, 2560),
+    "smollm2-1.7b-instruct": _smollm2("1.7B", _SMOLLM2 | {"rope_theta": 130000.0}, 2048, 24, 32, 32, 8192),
+    "smollm3-3b": _model("HuggingFaceTB/SmolLM3-3B", "HuggingFaceTB/SmolLM3-3B-Base", _SMOLLM3, 2048, 36, 16, 4, 11008),
+    "olmo-2-0425-1b-instruct": _olmo2("0425-1B", 2048, 16, 16, 16, 8192),
+    "olmo-2-1124-7b-instruct": _olmo2("1124-7B", 4096, 32, 32, 32, 11008),
+    "olmo-2-1124-13b-instruct": _olmo2("1124-13B", 5120, 40, 40, 40, 13824),
 }
 
 

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 
 from pact_tune.errors import UserError, one_line, printable
 from pact_tune.families import MODELS as KNOWN
+from pact_tune.families import Model
 from pact_tune.files import atomic_folder, check_subfolder
 
 FILES = ("safety_tokens.json", "safety_tokens.safetensors")
@@ -85,6 +86,18 @@ def commit_of(folder: Path) -> str | None:
 # --- download
 
 
+def _how_to_get(name: str, family: Model) -> str:
+    """What to do about safety tokens that nobody has published."""
+    measure = (
+        f"`pact tokens compute --aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {name}`"
+    )
+    measured = f"this measures them: {measure}; " if family.base else "its base model was not published either; "
+    return (
+        f"Nobody has published safety tokens for '{name}' yet; {measured}this takes them from refusal templates, not "
+        f"measured: `pact tokens from-templates --tokenizer {family.aligned} --output {name}`"
+    )
+
+
 def download(source: str, revision: str | None = None, subfolder: str | None = None) -> Path:
     """Fetches safety tokens into the Hub's cache; offline, takes them from there.
 
@@ -103,12 +116,7 @@ def download(source: str, revision: str | None = None, subfolder: str | None = N
     if source.lower() in KNOWN:
         family = KNOWN[source.lower()]
         if family.published is None:
-            raise NotPublishedError(
-                f"Nobody has published safety tokens for '{source.lower()}' yet; this measures them: `pact tokens compute "
-                f"--aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {source.lower()}`; this "
-                f"takes them from refusal templates, not measured: `pact tokens from-templates --tokenizer "
-                f"{family.aligned} --output {source.lower()}`"
-            )
+            raise NotPublishedError(_how_to_get(source.lower(), family))
         source, subfolder = family.published, subfolder or source.lower()
     elif source.count("/") != 1 or source.startswith((".", "/")):
         raise UserError(

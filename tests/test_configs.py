@@ -17,7 +17,9 @@ from pact_tune.torchtune import from_checkpoint, lora
 from pact_tune.torchtune.checkpoint import Names, constants_of_model, constants_of_network
 from pact_tune.torchtune.config import config_names, find_config, method_names
 
-NAMES = [name for name in config_names() if not name.startswith("demo/")]
+OTHERS = ("demo", "qwen3", "gemma3", "mistral", "phi4", "smollm2", "smollm3", "olmo2")  # the last seven: transformers'
+NAMES = [name for name in config_names() if name.split("/")[0] not in OTHERS]
+TRANSFORMERS = [name for name in config_names() if name.split("/")[0] in OTHERS[1:]]
 # Shipped config -> torchtune's own builder of the same model, whose sizes another hand has copied.
 BUILDERS = {
     "qwen2_5/0.5B": qwen2_5.qwen2_5_0_5b,
@@ -86,6 +88,27 @@ def test_shipped_config_builds_and_fits_the_published_checkpoint(name, tmp_path)
     for processes in {int(number) for number in re.findall(r"nproc_per_node (\d+)", header)}:
         lora._check(model, processes)
     assert estimates == [round(memory(cfg, model, processes) / GIB) for processes in (1, 2, 4, 8)]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_shipped_config_of_a_transformers_model_builds(name):
+    cfg = load(name)
+    family = hub.KNOWN[cfg.loss.safety_tokens]
+    model = check(cfg)
+    assert any(p.requires_grad for p in model.parameters())
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "vision" in n or "lm_head" in n)
+    header = find_config(name).read_text().split("\n\n")[0]
+    assert f"tune download {family.aligned} --output-dir {cfg.checkpoint_dir}" in header
+    assert f"pact_lora_finetune --config {name}\n" in header and f"outputs/{name.replace('/', '_')}" == cfg.output_dir
+    measured = (
+        f"--aligned {family.aligned} --base {family.base} --prompts wildjailbreak --output {cfg.loss.safety_tokens}"
+    )
+    assert (measured in header) == (family.base is not None)
+    assert cfg.base_dir == (f"/tmp/{family.base.split('/')[1]}" if family.base else None)
+    estimates = [int(number) for number in re.findall(r"\d x (\d+) GiB", header)]
+    assert estimates == [round(memory(cfg, model, processes) / GIB) for processes in (1, 2, 4, 8)]
+    settings = (cfg.optimizer.lr, cfg.epochs, cfg.batch_size, cfg.model.r, cfg.loss.preset, cfg.loss.k)
+    assert settings == (3e-5, 3, 2, 8, "paper", 50)
 
 
 @pytest.mark.parametrize("name", BUILDERS)

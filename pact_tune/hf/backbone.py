@@ -211,7 +211,7 @@ class HFBackbone:
                 adapter = finished(adapter_of(trained), finish)
                 (config,) = self.model.peft_config.values()
                 # In a folder of its own: transformers would otherwise load the adapter, not the weights beside it.
-                stamp |= save_adapter(folder / "adapter", adapter, self.spec.spec, config)
+                stamp |= save_adapter(folder / "adapter", adapter, self.spec.spec, config, self.folder.directory)
                 write_stamp(folder / "adapter", stamp)  # adapters are often published alone
                 if not adapter_only:
                     save_merged(folder, self.folder, adapter, self.spec.spec, self.names)

@@ -141,7 +141,6 @@ class CausalLM:
             lora_dropout=self.lora_dropout,
             use_dora=self.use_dora,
             task_type="CAUSAL_LM",
-            base_model_name_or_path=str(Path(self.path).resolve()),
         )
         if self.text_config.tie_word_embeddings and "lm_head" in targets:
             raise UserError("model.target_modules: this model's head is its embedding (tied) and takes no LoRA.")

@@ -14,7 +14,7 @@ from pact_tune.fingerprints import fingerprint
 from pact_tune.weights import ModelFolder
 
 
-def save_adapter(folder: Path, adapter: Adapter, spec: LoRASpec, config: LoraConfig) -> dict[str, Any]:
+def save_adapter(folder: Path, adapter: Adapter, spec: LoRASpec, config: LoraConfig, base: Path) -> dict[str, Any]:
     """Writes an adapter as PEFT reads it, with PEFT's own settings of it.
 
     Args:
@@ -22,6 +22,7 @@ def save_adapter(folder: Path, adapter: Adapter, spec: LoRASpec, config: LoraCon
         adapter (Adapter): by module.
         spec (LoRASpec): rank, alpha and kind.
         config (LoraConfig): of the model in training.
+        base (Path): folder of the model that it belongs on.
 
     Returns:
         dict[str, Any]: for the stamp.
@@ -29,7 +30,7 @@ def save_adapter(folder: Path, adapter: Adapter, spec: LoRASpec, config: LoraCon
     folder.mkdir()
     save_file(peft_tensors(adapter), folder / WEIGHTS, metadata={"format": "pt"})
     config = copy(config)
-    config.inference_mode = True
+    config.inference_mode, config.base_model_name_or_path = True, str(base.resolve())
     config.save_pretrained(str(folder))
     return {"adapter": {**spec._asdict(), "fingerprint": fingerprint(peft_tensors(adapter))}}
 

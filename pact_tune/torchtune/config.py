@@ -108,6 +108,21 @@ def read_yaml(path: Path) -> DictConfig:
     return cfg
 
 
+def read_whole(path: Path) -> DictConfig:
+    """The keys of a config's file, over those of the config that its key ``base`` names; one model size over another.
+
+    Raises:
+        UserError: see :func:`read_yaml`; or the base has a base itself, or is not there.
+    """
+    cfg = read_yaml(path)
+    if "base" not in cfg:
+        return cfg
+    base = read_yaml(find_config(str(cfg.pop("base"))))
+    if "base" in base:
+        raise UserError(f"The config '{path}' lies over one that has a base itself: name that one in 'base'.")
+    return OmegaConf.merge(base, cfg)
+
+
 def compose(config: str, methods: Sequence[str] = (), overrides: Sequence[str] = ()) -> DictConfig:
     """A config with methods laid over it, then overrides; nothing is checked yet.
 
@@ -123,7 +138,7 @@ def compose(config: str, methods: Sequence[str] = (), overrides: Sequence[str] =
         UserError: no such file or name, not YAML, or a word that is no override.
     """
     register_resolvers()
-    cfg = read_yaml(find_config(config))
+    cfg = read_whole(find_config(config))
     for name in methods:
         file = find_method(name)
         cfg = lay_over(cfg, read_yaml(file), file.stem)
