@@ -311,10 +311,10 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         if self.objective.penalty is not None:
             metrics["penalty"] = self.penalty.item()
             metrics["loss"] += metrics["penalty"]
-        self.final = dict(metrics)
-        shown = [f"{name} {round(value, 3) + 0.0:.3f}" for name, value in metrics.items() if name != "loss"]
         if self.objective.after_step is not None:
             metrics |= {f"coefficient_{name}": value for name, value in self.objective.coefficients.items()}
+        self.final = dict(metrics)
+        shown = [f"{name} {round(value, 3) + 0.0:.3f}" for name, value in metrics.items() if name != "loss"]
         metrics["lr"] = self.optimizer.param_groups[0]["lr"]
         tokens = sum(self.rows[row].num_response_tokens for row in self.interval.rows)
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - self.interval_start)

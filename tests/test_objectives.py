@@ -19,6 +19,7 @@ from pact_tune.adapters import read_adapter
 from pact_tune.batching import Batch
 from pact_tune.errors import UserError
 from pact_tune.losses import constrained_sft_betas, constrained_sft_loss
+from pact_tune.objectives.controller import Budget
 from pact_tune.objectives.penalty import add_penalty
 from pact_tune.torchtune.config import complete
 
@@ -537,3 +538,47 @@ def resumed_is_whole(config: Path, folder: Path, at: int, **overrides) -> None:
 def test_lisa_resumes_with_both_states(workspace, anchors, tmp_path):
     config = config_with(lisa_loss(anchors, k1=2, k2=3, rho=2.0), workspace, tmp_path)
     resumed_is_whole(config, tmp_path, at=9, epochs=1)  # in the middle of a state
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+@pytest.mark.parametrize("start", [0.01, 300.0])
+def test_the_budget_is_met_from_both_sides_at_any_scale(scale, start):
+    """A student whose KL is scale / (1 + lambda), and follows lambda with a delay."""
+    coefficients = {"ce": 1.0, "kl": start}
+    budget, kl = Budget(coefficients, "kl", scale / 10), scale
+    trace = []
+    for _ in range(600):
+        kl += 0.1 * (scale / (1 + coefficients["kl"]) - kl)
+        budget.after_step({"kl": kl})
+        trace.append(coefficients["kl"])
+    assert kl == pytest.approx(scale / 10, rel=0.05) and trace[-1] == pytest.approx(9, rel=0.05)
+    assert coefficients["ce"] == 1.0 and len(set(trace)) > 500
+    for _ in range(1000):
+        budget.after_step({"kl": 0.0})
+    assert coefficients["kl"] == 1e-3  # and no further
+
+
+def test_a_run_finds_lambda_for_its_budget(workspace, tmp_path):
+    """Without it the KL of this run is 0.07 at the end; the trace is in the log, the last value in pact.json."""
+    loss = dict(OmegaConf.load(workspace).loss) | {"preset": "tail", "lambda_kl": 3.0, "kl_budget": 0.02}
+    config = config_with(loss, workspace, tmp_path)
+    more = {"epochs": 16, "optimizer": {"lr": 5e-3}, "save_adapter_weights_only": True}
+    recipe = recipe_after(config, 0, output_dir=str(tmp_path / "out"), **more)
+    recipe.train()
+    recipe.cleanup()
+    kl, strength = (logged(tmp_path / "out", name) for name in ("kl", "coefficient_kl"))
+    assert max(kl) > 0.03 and sum(kl[-40:]) / 40 == pytest.approx(0.02, rel=0.3)
+    assert min(strength) < 2.5 and strength[-1] > 6
+    stamp = json.loads((tmp_path / "out" / "epoch_15" / "pact.json").read_text())
+    assert stamp["final"]["coefficient_kl"] == pytest.approx(strength[-1], rel=1e-3)
+
+
+def test_a_resumed_controller_goes_on_from_where_it_was(workspace, tmp_path):
+    loss = dict(OmegaConf.load(workspace).loss) | {"preset": "tail", "kl_budget": 0.02}
+    resumed_is_whole(config_with(loss, workspace, tmp_path), tmp_path, at=6, epochs=1)
+
+
+def test_a_budget_without_a_constraint(workspace, tmp_path):
+    loss = dict(OmegaConf.load(workspace).loss) | {"lambda_kl": 0, "kl_budget": 0.05}
+    with pytest.raises(UserError, match="loss.kl_budget finds lambda_kl"):
+        recipe_after(config_with(loss, workspace, tmp_path), 0, output_dir=str(tmp_path / "out"))

@@ -6,23 +6,27 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 
-from pact_tune.config import Fields, PathText, Text
+from pact_tune.config import Fields, Number, PathText, Text
 from pact_tune.errors import UserError
 from pact_tune.losses import VOCABULARY, PACTConfig, pact_loss
 from pact_tune.objectives.base import Chunk, Context, Objective
+from pact_tune.objectives.controller import Budget
 from pact_tune.objectives.sft import sft
 from pact_tune.objectives.tokens import TokenSource
 from pact_tune.reference.readings import Columns, Reading, Vocabulary
 
 # Beyond the response position where the mixing weight of Eq. 8 has fallen to this, the response-only view is left out.
 NEGLIGIBLE_GATE = 1e-3
+KLBudget = Annotated[Number, Field(gt=0, le=100)]
 MASS_RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 
 
 def _config(
     safety_tokens: Text | None = None,
     preset: Literal["paper", "official", "tail"] = "paper",
+    kl_budget: KLBudget | None = None,
     **overrides: Annotated[Any, Fields(PACTConfig)],
 ) -> PACTConfig:
     """The knobs, once they agree with each other; `pact validate` calls this too."""
@@ -31,6 +35,10 @@ def _config(
         raise UserError(
             "Section 'loss' names no safety_tokens: give a folder made by `pact tokens compute`, a Hub repository, "
             "or a known model name."
+        )
+    if kl_budget is not None and config.lambda_kl == 0:
+        raise UserError(
+            "loss.kl_budget finds lambda_kl during the run, and lambda_kl: 0 is no constraint: leave one of the two out."
         )
     return config
 
@@ -42,6 +50,7 @@ def pact(
     revision: Text | None = None,
     subfolder: PathText | None = None,
     template_fallback: bool = False,
+    kl_budget: KLBudget | None = None,
     **overrides: Annotated[Any, Fields(PACTConfig, _config)],
 ) -> Objective:
     """PACT (Eq. 9), or plain SFT when lambda_kl is 0: no reference is run then, and the numbers are the same bit for bit.
@@ -53,6 +62,8 @@ def pact(
         revision (str | None): of the Hub repository.
         subfolder (str | None): of the folder or repository.
         template_fallback (bool): take tokens from refusal templates where nobody has published a known name's.
+        kl_budget (float | None): what the mean "kl" of a response token may be, nats: lambda_kl starts at its own value and
+            is found during the run (:class:`pact_tune.objectives.controller.Budget`). None: lambda_kl is fixed.
         **overrides: fields of :class:`pact_tune.PACTConfig`.
 
     Returns:
@@ -61,7 +72,7 @@ def pact(
     Raises:
         UserError: unknown preset or field, a value out of range, or no safety tokens named, found or fitting.
     """
-    config = _config(safety_tokens, preset, **overrides)
+    config = _config(safety_tokens, preset, kl_budget, **overrides)
     if config.lambda_kl == 0:
         return sft(context)
     reading: Reading
@@ -84,10 +95,12 @@ def pact(
     tokens_needed = None
     if config.tau < math.inf:
         tokens_needed = config.decay_start + math.ceil(config.tau * math.log(1 / NEGLIGIBLE_GATE))
+    coefficients = {"ce": 1.0, "kl": config.lambda_kl}
+    budget = None if kl_budget is None else Budget(coefficients, "kl", kl_budget)
     return Objective(
-        settings={"method": "pact", "constrained": True, **settings},
+        settings={"method": "pact", "constrained": True, **settings, "kl_budget": kl_budget},
         terms=terms,
-        coefficients={"ce": 1.0, "kl": config.lambda_kl},
+        coefficients=coefficients,
         metrics=("gate",),
         reading=reading,
         views=("full", "response_only") if config.response_only else ("full",),
@@ -95,6 +108,8 @@ def pact(
         response_only_tokens=tokens_needed,
         notes=(note,),
         report=report_mass if config.tail else None,
+        after_step=budget.after_step if budget else None,
+        state=budget,
     )
 
 
