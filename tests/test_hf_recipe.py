@@ -10,6 +10,7 @@ import yaml
 from recipe import logged, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file, save_file
 from test_recipe import assert_same_bits
+from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_tune import cli
@@ -172,3 +173,27 @@ def test_bad_input_is_refused_in_one_sentence(workspace, tmp_path, monkeypatch, 
 def test_a_config_is_validated_without_weights(workspace, capsys):
     assert cli.main(["validate", str(workspace)]) == 0
     assert "parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["asft", "safelora", "lisa", "sbr"])
+def test_methods_that_ask_for_more_than_a_reading(workspace, tmp_path, monkeypatch, method):
+    """Names and rows of weights, a last word on the adapter, a second stream: as torchtune's backbone gives them."""
+    tiny_model(tmp_path / "base", seed=1)
+    (tmp_path / "more.jsonl").write_text('{"prompt": "What is it?", "response": "I cannot help."}\n' * 2)
+    settings = {
+        "asft": [f"loss.base={tmp_path}/base"],
+        "safelora": [f"loss.base={tmp_path}/base", "loss.number=1"],
+        "lisa": [f"loss.alignment.source={tmp_path}/more.jsonl", "loss.k1=1", "loss.k2=2"],
+        "sbr": [f"loss.prompts={tmp_path}/more.jsonl"],
+    }[method]
+    for run in (method, "sft"):
+        overrides = [f"output_dir={tmp_path}/{run}", "optimizer.lr=1e-2"]
+        overrides += settings if run == method else []
+        assert tune_run(monkeypatch, workspace, "--method", run, *overrides) is None
+    other, sft = adapter_of(tmp_path / method), adapter_of(tmp_path / "sft")
+    changed = [name for name in sft if not torch.equal(sft[name], other[name])]
+    if method == "safelora":
+        assert len(changed) == 1 and changed[0].endswith("lora_B.weight")
+    else:
+        assert len(changed) == len(sft)
+        assert max(logged(tmp_path / method, "sbr" if method == "sbr" else "penalty")) > 0

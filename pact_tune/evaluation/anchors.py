@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pact_tune.conversations import Message
 from pact_tune.evaluation.answering import Local
 from pact_tune.evaluation.records import Journal
 from pact_tune.files import atomic_file
@@ -54,7 +55,7 @@ def anchors(
         Anchors: the rows, and what was left out.
     """
     prompts = list(dict.fromkeys(prompts))
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    chats: list[list[Message]] = [[{"role": "user", "content": prompt}] for prompt in prompts]
     asked = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:32]
     journal = Journal(work / "answers.jsonl", aligned.settings | {"prompts": asked, "max_new_tokens": max_new_tokens})
     with progress(total=len(prompts), desc="Anchors", unit="prompt", disable=not show_progress) as bar:

@@ -26,10 +26,11 @@ def asft(context: Context, base: PathText, lambda_asft: Weight = 1.0) -> Objecti
     """
     if lambda_asft == 0:
         return sft(context)
-    directions = {
-        name: context.own_rows(module, direction).to(context.device, context.aligned[f"{module}.weight"].dtype)
-        for name, module, direction in alignment_directions(context, base)
-    }
+    directions = {}
+    for name, module, direction in alignment_directions(context, base):
+        assert context.aligned is not None
+        dtype = context.aligned[f"{module}.weight"].dtype
+        directions[name] = context.own_rows(module, direction).to(context.device, dtype)
 
     def terms(chunk: Chunk) -> dict[str, torch.Tensor]:
         return {"ce": chunk.ce}

@@ -56,7 +56,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         label_logprobs (torch.Tensor): the student's log-probability of the true next token, ``[n]`` float32, nats.
-        student (torch.Tensor | None): the objective's reading of the student, ``[n, C]``.
+        student (torch.Tensor): the objective's reading of the student, ``[n, C]``.
         reference (Mapping[View, torch.Tensor]): the same of the reference, a view each.
         position (torch.Tensor): t, counted from 0 at the start of each response, ``[n]``.
         row (torch.Tensor): number of its conversation in the batch, ``[n]``.
@@ -65,7 +65,7 @@ class Chunk(NamedTuple):
     """
 
     label_logprobs: torch.Tensor
-    student: torch.Tensor | None
+    student: torch.Tensor
     reference: Mapping[View, torch.Tensor]
     position: torch.Tensor
     row: torch.Tensor

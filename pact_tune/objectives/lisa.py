@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -15,7 +15,7 @@ from pact_tune.stamp import data_fingerprint
 
 def lisa(
     context: Context,
-    alignment: AlignmentSettings,
+    alignment: Annotated[dict[str, Any], AlignmentSettings],
     k1: Count = 100,
     k2: Count = 900,
     rho: Weight = 1.0,
@@ -28,7 +28,7 @@ def lisa(
 
     Args:
         context (Context): of the run.
-        alignment (AlignmentSettings): the alignment data, such as what `pact anchors` writes.
+        alignment (dict[str, Any]): the alignment data, such as what `pact anchors` writes.
         k1 (int): optimiser steps on alignment rows.
         k2 (int): optimiser steps on the user's rows.
         rho (float): of the proximal term; 0 is alternating SFT.
@@ -108,11 +108,11 @@ class BiState:
         """rho / 2 times the squared distance from the other state's weights; at a switch these are the ones at hand."""
         if self.switching:
             self.other[module] = {name: weight.detach().clone() for name, weight in trained.items()}
-        distance = sum(
+        distances = [
             (weight.float() - self.other[module][name].to(weight.device).float()).square().sum()
             for name, weight in trained.items()
-        )
-        return self.rho / 2 * distance
+        ]
+        return self.rho / 2 * torch.stack(distances).sum()
 
     def state_dict(self) -> dict[str, Any]:
         other = {module: {name: weight.cpu() for name, weight in kept.items()} for module, kept in self.other.items()}

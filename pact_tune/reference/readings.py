@@ -44,9 +44,7 @@ class Reading(Protocol):
     def width(self, hidden_size: int) -> int:
         """W, numbers stored a position."""
 
-    def of_student(
-        self, hidden: torch.Tensor, head: Head, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def of_student(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Differentiable: log-probabilities of the labels ``[n]`` float32, and what :meth:`expand` gives for the reference.
 
         Args:
@@ -80,9 +78,9 @@ class Nothing:
     def width(self, hidden_size: int) -> int:
         return 0
 
-    def of_student(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def of_student(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         label_logprobs, _ = read_logits(head.logits(hidden), labels, None)
-        return label_logprobs, None
+        return label_logprobs, label_logprobs.new_empty(len(hidden), 0)
 
     def of_reference(self, hidden: torch.Tensor, head: Head, labels: torch.Tensor) -> torch.Tensor:
         return hidden.new_empty(len(hidden), 0, dtype=torch.float32)
