@@ -198,6 +198,36 @@ def chat_dataset(
     return ChatDataset(conversations, all_counts)
 
 
+def chat_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Mapping[str, Any]],
+    title: str,
+    columns: Mapping[str, str] | None = None,
+    max_seq_len: int | None = None,
+) -> ChatDataset:
+    """Tokenizes rows that lie in memory, in their order; see :func:`chat_dataset`.
+
+    Args:
+        tokenizer (PreTrainedTokenizerBase): the model's own tokenizer, with its chat template.
+        rows (Iterable[Mapping[str, Any]]): such as a Hugging Face data set.
+        title (str): what they are called in messages.
+        columns (Mapping[str, str] | None): which column holds what.
+        max_seq_len (int | None): rows of more tokens are left out, and counted.
+
+    Returns:
+        ChatDataset: the conversations.
+
+    Raises:
+        UserError: an unknown layout, or no row that can be trained on.
+    """
+    numbered = [(f"row {number}", dict(row)) for number, row in enumerate(rows)]
+    reader = _Reader(tokenizer, None, max_seq_len, progress=True)
+    conversations, counts = reader.take_from(numbered, _Source(title, columns=columns), None)
+    if not conversations:
+        raise UserError(f"No row can be trained on: {counts}.")
+    return ChatDataset(conversations, [counts])
+
+
 @dataclass(frozen=True)
 class _Source:
     source: Source
@@ -260,9 +290,15 @@ class _Reader:
     def take(self, where: _Source, wanted: int | None, rng: random.Random) -> tuple[list[Conversation], Counts]:
         """Conversations of the first ``wanted`` usable rows in a shuffled order, or of all of them in the file's order."""
         rows = read_places(where.source, where.name, where.split)
-        _check_columns([row for _, row in rows], where)
         if wanted is not None:
             rng.shuffle(rows)
+        return self.take_from(rows, where, wanted)
+
+    def take_from(
+        self, rows: list[tuple[str, Any]], where: _Source, wanted: int | None
+    ) -> tuple[list[Conversation], Counts]:
+        """The same of rows that are read already, each with its place."""
+        _check_columns([row for _, row in rows], where)
         counts = Counts(where.title)
         conversations: list[Conversation] = []
         for place, row in log.progress(

@@ -180,8 +180,12 @@ def _sample(
 ) -> list[Conversation]:
     section = stamp["config"]["dataset"]
     tokenizer = load_tokenizer(str(base))
+    if data is None and section is None:
+        raise UserError(
+            "The result was trained from Python, on rows that its stamp cannot name: name some with --data."
+        )
     if data is not None:
-        settings = {"source": data, "columns": columns or section.get("columns")}
+        settings = {"source": data, "columns": columns or (section or {}).get("columns")}
     elif section["_component_"] != "pact_tune.chat_dataset":  # somebody's own
         settings = {key: value for key, value in section.items() if key != "_component_"}
         return _component(section["_component_"])(tokenizer, **settings).conversations[:rows]

@@ -257,7 +257,7 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             module, mark, leaf = name.partition(".lora_")
-            found[f"{module}.{LEAVES[f'lora_{leaf}']}" if mark else name] = parameter
+            found[f"{module}.{LEAVES.get(f'lora_{leaf}', f'lora_{leaf}')}" if mark else name] = parameter
     return found
 
 

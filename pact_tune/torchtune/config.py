@@ -1,10 +1,8 @@
 """The recipe's configs: found by name, composed with methods and overrides, and checked before anything is loaded."""
 
 import argparse
-import importlib
 import re
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from yaml import YAMLError
 import pact_tune.configs
 import pact_tune.demo
 from pact_tune.backbones import TRANSFORMERS
+from pact_tune.components import find_component
 from pact_tune.config import RecipeSettings, ReferenceCacheSettings, Section, check, defaults, refuse, signature_of
 from pact_tune.errors import UserError, unknown_key
 
@@ -342,45 +341,6 @@ def _resolved(cfg: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
         except (OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
             unresolved[str(key)] = _first_line(error)
     return values, unresolved
-
-
-def find_component(name: str, path: Any) -> Callable[..., Any]:
-    """What a section's ``_component_`` names.
-
-    Args:
-        name (str): the section, for the message.
-        path (Any): dotted path of a class or function; it may lie in the user's folder, as in torchtune.
-
-    Returns:
-        Callable[..., Any]: the class or function.
-
-    Raises:
-        UserError: there is no such thing.
-    """
-    if not isinstance(path, str) or not re.fullmatch(r"\w+(\.\w+)+", path):
-        raise UserError(f"{name}._component_ is {path!r}; it must be the dotted path of a class or function.")
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
-    parts = path.split(".")
-    found: Any = None
-    try:
-        for i in range(len(parts) - 1, 0, -1):  # the longest part that is a module; the rest are attributes
-            try:
-                found = importlib.import_module(".".join(parts[:i]))
-            except ModuleNotFoundError as error:
-                if error.name is None or not ".".join(parts[:i]).startswith(error.name):
-                    raise  # the module is there and lacks something itself
-                continue
-            for part in parts[i:]:
-                found = getattr(found, part)
-            break
-        else:
-            raise UserError(f"{name}._component_ '{path}' cannot be imported: there is no module '{parts[0]}'.")
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{name}._component_ '{path}' cannot be imported: {_first_line(error)}") from error
-    if not callable(found):
-        raise UserError(f"{name}._component_ '{path}' is a {type(found).__name__}; it must be a class or function.")
-    return found
 
 
 def check_section(name: str, section: dict[str, Any]) -> list[str]:

@@ -1,0 +1,179 @@
+"""TRL's trainer with our objective: the recipe's numbers, accumulation, packing, evaluation, resumption, the stamp."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from recipe import logged, tune_run
+from safetensors.torch import load_file
+from test_hf_recipe import LORA, adapter_of, write_hf
+from transformers import AutoModelForCausalLM
+
+from pact_tune import load_tokenizer
+from pact_tune.errors import UserError
+from pact_tune.hf import PACTTrainer, PACTTrainingConfig
+from pact_tune.tools import verify
+
+OBJECTIVE = {"preset": "paper", "weighting": "uniform", "k": 10}
+PARITY = ["shuffle=False", "batch_by_length=False", "epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    return write_hf(tmp_path_factory.mktemp("trl")).parent
+
+
+def rows_of(workspace: Path) -> Dataset:
+    lines = (workspace / "rows.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return Dataset.from_list([{"prompt": row["instruction"], "completion": row["output"]} for row in rows])
+
+
+def arguments(workspace: Path, out: Path, objective: dict | None = None, **settings) -> PACTTrainingConfig:
+    """The recipe's settings, so that numbers can be compared."""
+    defaults = {
+        "objective": {"safety_tokens": str(workspace / "safety_tokens"), **OBJECTIVE, **(objective or {})},
+        "reference_cache": {"directory": str(out / "cache"), "dtype": "float32"},
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.01,  # torch's AdamW
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return PACTTrainingConfig(str(out), **defaults | settings)
+
+
+def lora_model(workspace: Path, adapter: Path) -> PeftModel:
+    base = AutoModelForCausalLM.from_pretrained(workspace / "model", dtype=torch.float32)
+    return PeftModel.from_pretrained(base, adapter, is_trainable=True)
+
+
+def trainer(workspace: Path, args: PACTTrainingConfig, model=None, **more) -> PACTTrainer:
+    model = str(workspace / "model") if model is None else model
+    rows = more.pop("train_dataset", None) or rows_of(workspace)
+    return PACTTrainer(model, args, rows, processing_class=load_tokenizer(str(workspace / "model")), **more)
+
+
+def history(run: PACTTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in run.state.log_history if name in entry]
+
+
+@pytest.fixture(scope="module")
+def initial(workspace, tmp_path_factory) -> Path:
+    """An adapter whose B is not zero, by the recipe."""
+    out = tmp_path_factory.mktemp("initial")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert tune_run(monkeypatch, workspace / "config.yaml", f"output_dir={out}", "optimizer.lr=3e-2") is None
+    return out / "epoch_0" / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("preset", "accumulation", "packed"), [("paper", 1, False), ("tail", 4, False), ("tail", 1, True)]
+)
+def test_numbers_are_the_recipes(workspace, initial, tmp_path, monkeypatch, preset, accumulation, packed):
+    size = 4 // accumulation
+    overrides = [f"output_dir={tmp_path}/recipe", f"loss.preset={preset}", f"model.adapter={initial}", *PARITY]
+    overrides += [
+        f"batch_size={size}",
+        f"gradient_accumulation_steps={accumulation}",
+        f"reference_cache.directory={tmp_path}/recipe/cache",
+    ]
+    assert tune_run(monkeypatch, workspace / "config.yaml", *overrides) is None
+    args = arguments(
+        workspace, tmp_path / "trl", {"preset": preset}, per_device_train_batch_size=size, padding_free=packed,
+        gradient_accumulation_steps=accumulation, max_length=None,
+    )  # fmt: skip
+    run = trainer(workspace, args, lora_model(workspace, initial))
+    run.train()
+    for name in ("ce", "kl", "gate", "loss"):
+        expected = logged(tmp_path / "recipe", name)
+        assert len(expected) == 8 and history(run, name) == pytest.approx(expected, abs=1e-4), name
+    assert history(run, "kl")[0] > 1e-3
+    run.save_model(str(tmp_path / "trl" / "adapter"))
+    ours = load_file(tmp_path / "trl" / "adapter" / "adapter_model.safetensors")
+    theirs = adapter_of(tmp_path / "recipe", 1)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+def test_evaluation_resumption_and_the_stamp(workspace, initial, tmp_path, capsys):
+    settings = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "epoch"}
+    runs = {}
+    for name, stop in (("whole", None), ("cut", 3), ("cut", None)):
+        args = arguments(workspace, tmp_path / name, max_steps=-1 if stop is None else stop, **settings)
+        run = runs[name] = trainer(
+            workspace, args, lora_model(workspace, initial), eval_dataset=rows_of(workspace).select(range(6))
+        )
+        run.train(resume_from_checkpoint=stop is None and name == "cut" or None)
+    weights = []
+    for name, run in runs.items():
+        run.save_model(str(tmp_path / name / "final"))
+        weights.append(load_file(tmp_path / name / "final" / "adapter_model.safetensors"))
+    for name in weights[0]:
+        assert torch.equal(weights[0][name], weights[1][name]), name
+    run = runs["whole"]
+    assert history(run, "eval_loss")[-1] == pytest.approx(history(run, "eval_ce")[-1] + 3 * history(run, "eval_kl")[-1])
+
+    rows = ["--data", str(workspace / "rows.jsonl"), "--rows", "2"]
+    for folder in (tmp_path / "whole" / "final", tmp_path / "whole" / "checkpoint-6"):
+        assert verify.main([str(folder), *rows]) == 0
+    assert "was trained with the constraint 'pact'" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--data"):
+        verify.main([str(tmp_path / "whole" / "final")])
+
+
+def test_a_fresh_adapter_and_a_reference_that_keeps_the_initial_one_start_at_zero(workspace, initial, tmp_path):
+    args = arguments(workspace, tmp_path / "a", {"preset": "tail"}, reference_cache=None, gradient_checkpointing=True)
+    fresh = trainer(workspace, args, peft_config=LoraConfig(**LORA))
+    args = arguments(workspace, tmp_path / "b", {"preset": "tail"}, reference="initial")
+    kept = trainer(workspace, args, lora_model(workspace, initial))
+    frozen = {n: p.clone() for n, p in kept.model.named_parameters() if ".reference." in n}
+    for run in (fresh, kept):
+        run.train()
+        kl = history(run, "kl")
+        assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-4
+    assert all(torch.equal(p, frozen[n]) for n, p in kept.model.named_parameters() if ".reference." in n)
+
+
+REFUSED = {
+    "no objective": ({"objective": None}, {}, "objective="),
+    "an unknown key": ({"objective": {"lambda_k": 1}}, {}, "lambda_kl"),
+    "a value out of range": ({"objective": {"lambda_kl": -1}}, {}, "lambda_kl"),
+    "label smoothing": ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor"),
+    "metrics of logits": ({}, {"compute_metrics": print}, "compute_metrics"),
+    "no adapter": ({}, {"peft_config": None}, "peft_config"),
+    "no such method": ({"objective": {"_component_": "pact_tune.objectives.pakt"}}, {}, "cannot be imported"),
+    "a lazy cache": ({"reference_cache": {"lazy": True}}, {}, "lazy"),
+}
+
+
+def test_a_method_that_needs_the_recipes_loop_is_refused(workspace, tmp_path):
+    args = arguments(workspace, tmp_path)
+    args.objective = {"_component_": "pact_tune.objectives.asft", "base": str(workspace / "model")}
+    with pytest.raises(UserError, match="recipe's own loop"):
+        trainer(workspace, args, peft_config=LoraConfig(**LORA))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_sentence(workspace, tmp_path, case):
+    settings, more, words = REFUSED[case]
+    args = arguments(workspace, tmp_path, **{key: value for key, value in settings.items() if key != "objective"})
+    if "objective" in settings:
+        given = settings["objective"]
+        args.objective = None if given is None else {"safety_tokens": str(workspace / "safety_tokens"), **given}
+    with pytest.raises(UserError) as error:
+        trainer(workspace, args, **{"peft_config": LoraConfig(**LORA), **more})
+    assert words in str(error.value) and "\n" not in str(error.value)
