@@ -19,6 +19,8 @@ from test_hf_recipe import write_hf
 from test_trl import PARITY, arguments, history, lora_model, trainer
 from transformers import AutoModelForCausalLM
 
+from pact_tune.distributed import finish
+
 STEPS = 20
 TOKENS = torch.arange(5, 25)[None]
 CASES = [("paper", 1), ("tail", 4)]
@@ -108,6 +110,7 @@ def main(workspace: Path, out: Path, batch_size: int) -> None:
     if run.accelerator.is_main_process:
         names = ("ce", "kl", "eval_loss")
         (out / "numbers.json").write_text(json.dumps({name: history(run, name) for name in names}))
+    finish()  # not Python's own end: gloo's threads
 
 
 if __name__ == "__main__":
