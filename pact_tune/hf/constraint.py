@@ -13,7 +13,7 @@ import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.utils import cached_file
 
 from pact_tune.adapters import CONFIG, WEIGHTS, read_adapter
@@ -170,7 +170,7 @@ class Constraint:
         Returns:
             dict[str, Any]: "labels" for the trainer's count of tokens, "rows" and "batch" for :meth:`loss`.
         """
-        rows = [self._number(ids, labels) for example in examples for ids, labels in _documents(example)]
+        rows = [self.number(ids, labels) for example in examples for ids, labels in documents(example)]
         conversations = [self.rows[row] for row in rows]
         width = max(len(row.tokens) for row in conversations)
         labels = [_labels(row) for row in conversations]
@@ -180,8 +180,13 @@ class Constraint:
             "batch": collate(conversations, self.tokenizer.pad_token_id, packed),
         }
 
-    def _number(self, ids: list[int], labels: list[int]) -> int:
-        row = Conversation(ids, _spans(labels))
+    def number(self, ids: list[int], labels: list[int]) -> int:
+        """Which row a trainer's example is.
+
+        Raises:
+            UserError: none that the constraint was given.
+        """
+        row = Conversation(ids, spans(labels))
         number = self._row_of.get(row.key)
         if number is None:  # with weights of 0 the labels do not tell
             number = next((n for n, known in enumerate(self.rows) if known.tokens == ids), None)
@@ -272,6 +277,40 @@ class Constraint:
         self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
         return loss * scale
 
+    def trainer_loss(
+        self, trainer: Trainer, model: nn.Module, rows: list[int], batch: Batch, items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        """What a trainer's ``compute_loss`` returns: a mean over the trained tokens of the whole step, of all processes.
+
+        Args:
+            trainer (Trainer): whose loss it is.
+            model (nn.Module): as the trainer calls it.
+            rows (list[int]): row numbers.
+            batch (Batch): of these rows.
+            items (torch.Tensor | int | None): trained tokens of the whole step; None: of this batch.
+
+        Returns:
+            torch.Tensor: scalar.
+        """
+        if self.decoder is None:
+            dtype = torch.bfloat16 if trainer.args.bf16 else causal_lm_of(self.model).dtype
+            self.open(model, dtype)
+        scale: float | torch.Tensor
+        if items is None:
+            scale = 1.0 / max(batch.ce_weight.sum().item(), 1.0)
+        else:
+            scale = 1.0 / torch.as_tensor(items).clamp(min=1)
+            if trainer.args.average_tokens_across_devices:  # counted on all processes, whose gradients are averaged
+                scale = scale * trainer.accelerator.num_processes
+        return self.loss(model, rows, batch, scale, "train" if trainer.model.training else "eval")
+
+    def add_to(self, logs: dict[str, float], training: bool) -> None:
+        """Adds the objective's terms to a trainer's logs: sums over tokens, not means of batches' means."""
+        if training and "loss" not in logs:  # the summary of a run
+            return
+        mode, prefix = ("train", "") if training else ("eval", "eval_")
+        logs.update({f"{prefix}{name}": value for name, value in self.means(mode).items()})
+
     def means(self, mode: str) -> dict[str, float]:
         """Terms by trained tokens since the last call, over all ranks, and the loss; all ranks must call it."""
         if mode not in self._sums:
@@ -338,19 +377,19 @@ def _labels(row: Conversation) -> list[int]:
     return labels
 
 
-def _spans(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Runs of labels other than -100."""
+def spans(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Responses: runs of labels other than -100."""
     trained = [False, *(label != -100 for label in labels), False]
     starts = [i for i in range(len(labels)) if trained[i + 1] and not trained[i]]
     ends = [i + 1 for i in range(len(labels)) if trained[i + 1] and not trained[i + 2]]
     return list(zip(starts, ends, strict=True))
 
 
-def _documents(example: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """input_ids and labels of each row in an example."""
+def documents(example: Mapping[str, Any]) -> list[tuple[list[int], list[int]]]:
+    """input_ids and labels of each row in an example, which may hold several."""
     lengths = example.get("seq_lengths") or [len(example["input_ids"])]
-    documents, start = [], 0
+    found, start = [], 0
     for length in lengths:
-        documents.append((example["input_ids"][start : start + length], example["labels"][start : start + length]))
+        found.append((example["input_ids"][start : start + length], example["labels"][start : start + length]))
         start += length
-    return documents
+    return found

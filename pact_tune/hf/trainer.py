@@ -115,27 +115,13 @@ class PACTTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The objective's loss: a mean over the trained tokens of the whole step, of all processes."""
-        if self.constraint.decoder is None:
-            dtype = torch.bfloat16 if self.args.bf16 else self.constraint.model.dtype
-            self.constraint.open(model, dtype)
-        batch = inputs["batch"]
-        if num_items_in_batch is None:
-            scale: float | torch.Tensor = 1.0 / max(batch.ce_weight.sum().item(), 1.0)
-        else:
-            scale = 1.0 / torch.as_tensor(num_items_in_batch).clamp(min=1)
-            if self.args.average_tokens_across_devices:  # counted on all processes, whose gradients are averaged
-                scale = scale * self.accelerator.num_processes
-        mode = "train" if self.model.training else "eval"
-        loss = self.constraint.loss(model, inputs["rows"], batch, scale, mode)
+        """The objective's loss; see :meth:`Constraint.trainer_loss`."""
+        loss = self.constraint.trainer_loss(self, model, inputs["rows"], inputs["batch"], num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the objective's terms: sums over tokens, not means of batches' means."""
-        mode = "train" if self.model.training else "eval"
-        if mode == "eval" or "loss" in logs:
-            prefix = "eval_" if mode == "eval" else ""
-            logs.update({f"{prefix}{name}": value for name, value in self.constraint.means(mode).items()})
+        """Adds the objective's terms."""
+        self.constraint.add_to(logs, self.model.training)
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from recipe import AT_EXIT, logged, tune_run, write_workspace
 from test_hf_recipe import write_hf
-from test_trl import PARITY, arguments, history, lora_model, trainer
+from test_trl import PARITY, arguments, history, lora_model, rows_of, trainer
 from transformers import AutoModelForCausalLM
 
 from pact_tune.distributed import finish
@@ -105,7 +105,12 @@ def main(workspace: Path, out: Path, batch_size: int) -> None:
     args = arguments(
         workspace, out, per_device_train_batch_size=batch_size, eval_strategy="epoch", per_device_eval_batch_size=batch_size
     )  # fmt: skip
-    run = trainer(workspace, args, lora_model(workspace, workspace / "initial" / "epoch_0" / "adapter"), eval=True)
+    run = trainer(
+        workspace,
+        args,
+        lora_model(workspace, workspace / "initial" / "epoch_0" / "adapter"),
+        eval_dataset=rows_of(workspace).select(range(8)),
+    )
     run.train()
     if run.accelerator.is_main_process:
         names = ("ce", "kl", "eval_loss")

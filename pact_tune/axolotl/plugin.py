@@ -1,0 +1,133 @@
+"""The plugin: a trainer class with our loss, and a stamp beside the adapter.
+
+Axolotl trains on, and succeeds, when a plugin cannot be imported. So nothing but this file writes the stamp: a result
+without one was trained without the constraint, which `pact verify` says.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.integrations.base import BasePlugin
+from torch import nn
+
+from pact_tune.axolotl.args import OWN_KEYS
+from pact_tune.batching import collate
+from pact_tune.conversations import Conversation
+from pact_tune.data import ChatDataset, Counts
+from pact_tune.errors import UserError
+from pact_tune.hf.constraint import Constraint, spans
+
+
+class PACTAxolotlTrainer(AxolotlTrainer):
+    """Axolotl's trainer, minimising an objective of :mod:`pact_tune.objectives`."""
+
+    constraint: Constraint  # set by the plugin, once there is a model
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # Axolotl turns it off, and accumulation becomes a mean of means
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The objective's loss; see :meth:`Constraint.trainer_loss`."""
+        found = rows_of_batch(inputs)
+        rows = [self.constraint.number(row.tokens, labels) for row, labels in found]
+        packed = len(rows) > len(inputs["input_ids"])
+        conversations = [self.constraint.rows[row] for row in rows]
+        batch = collate(conversations, self.constraint.tokenizer.pad_token_id, packed)
+        loss = self.constraint.trainer_loss(self, model, rows, batch, num_items_in_batch)
+        return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the objective's terms."""
+        self.constraint.add_to(logs, self.model.training)
+        super().log(logs, start_time)
+
+
+class PACTPlugin(BasePlugin):
+    """Reads section ``pact`` and trains with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constraint: Constraint | None = None
+        self.trainer: PACTAxolotlTrainer | None = None
+
+    def get_input_args(self) -> str:
+        """Where Axolotl finds the keys."""
+        return "pact_tune.axolotl.args.PACTArgs"
+
+    def get_trainer_cls(self, cfg: Any) -> type[PACTAxolotlTrainer]:
+        """The trainer; UserError without a section ``pact``, which would be training without the constraint."""
+        if not cfg.pact:
+            raise UserError("plugins names pact_tune.axolotl.PACTPlugin, but there is no section pact: write one.")
+        return PACTAxolotlTrainer
+
+    def post_trainer_create(self, cfg: Any, trainer: PACTAxolotlTrainer) -> None:
+        """Puts the objective to work; all input errors are raised here, before the first step."""
+        section = dict(cfg.pact)
+        data = [_data(trainer.train_dataset, "datasets")]
+        if trainer.eval_dataset is not None:
+            data.append(_data(trainer.eval_dataset, "test_datasets"))
+        settings = {key: value for key, value in section.items() if key not in OWN_KEYS[1:]}
+        cache = section.get("reference_cache", {})
+        self.trainer = trainer
+        self.constraint = trainer.constraint = Constraint(
+            settings,
+            "pact",
+            trainer.model,
+            trainer.processing_class,
+            data,
+            None if cache is None else dict(cache),
+            section.get("reference", "base") == "initial",
+        )
+
+    def post_train(self, cfg: Any, model: nn.Module) -> None:
+        """Writes the stamp; called before and after the adapter is saved, and harmless each time."""
+        if self.constraint is not None and self.trainer is not None and self.trainer.args.should_save:
+            arguments = {"trainer": {"learning_rate": cfg.learning_rate, "seed": cfg.seed}}
+            self.constraint.stamp(Path(cfg.output_dir), "axolotl", arguments, self.trainer.state.global_step)
+
+
+def rows_of_batch(inputs: dict[str, torch.Tensor]) -> list[tuple[Conversation, list[int]]]:
+    """The rows of a batch, padded or packed, each up to its last trained token, with its labels.
+
+    Args:
+        inputs (dict[str, torch.Tensor]): input_ids, labels and, where rows are packed, position_ids, ``[B, S]``.
+
+    Returns:
+        list[tuple[Conversation, list[int]]]: rows without a trained token, and padding, are left out.
+    """
+    ids, labels = inputs["input_ids"].tolist(), inputs["labels"].tolist()
+    positions = inputs["position_ids"].tolist() if "position_ids" in inputs else [range(len(row)) for row in ids]
+    rows = []
+    for tokens, marks, places in zip(ids, labels, positions, strict=True):
+        starts = [i for i, place in enumerate(places) if place == 0]
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            if (row := _trimmed(tokens[start:end], marks[start:end])) is not None:
+                rows.append(row)
+    return rows
+
+
+def _trimmed(tokens: Sequence[int], labels: Sequence[int]) -> tuple[Conversation, list[int]] | None:
+    found = spans(labels)
+    if not found:
+        return None
+    end = found[-1][1]
+    return Conversation(list(tokens[:end]), found), list(labels[:end])
+
+
+def _data(dataset: Any, title: str) -> ChatDataset:
+    """Axolotl's tokenized rows; UserError where none is trained."""
+    rows = (_trimmed(row["input_ids"], row["labels"]) for row in dataset)
+    conversations = [row[0] for row in rows if row is not None]
+    if not conversations:
+        raise UserError(f"No row of {title} has a trained token: see roles_to_train and train_on_eos.")
+    return ChatDataset(conversations, [Counts(title, used=len(conversations))])
