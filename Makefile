@@ -16,6 +16,7 @@ quick: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 campaign: .venv/installed
 	$(BIN)/python -m tests.campaign.bad_configs

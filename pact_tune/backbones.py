@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pact_tune.adapters import Finish
 from pact_tune.decoder import Decoder
+from pact_tune.objectives.base import Context
 
 TRANSFORMERS = "pact_tune.hf.causal_lm"  # everything else builds a torchtune model
 
@@ -34,7 +35,12 @@ class Backbone(Protocol):
     max_seq_len: int
     has_adapters: bool
     model: nn.Module
-    decoder: Decoder
+
+    @property
+    def decoder(self) -> Decoder: ...
+
+    @property
+    def weight_bytes(self) -> int: ...
 
     @property
     def reference(self) -> dict[str, Any]: ...
@@ -42,7 +48,11 @@ class Backbone(Protocol):
     @property
     def stamp(self) -> dict[str, Any]: ...
 
+    def context(self, tokenizer: PreTrainedTokenizerBase) -> Context: ...
+
     def load(self, tokenizer: PreTrainedTokenizerBase, trained: dict[str, torch.Tensor] | None, seed: int) -> None: ...
+
+    def trained(self) -> dict[str, nn.Parameter]: ...
 
     def gather(self) -> dict[str, torch.Tensor]: ...
 

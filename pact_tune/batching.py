@@ -3,11 +3,13 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from pact_tune.conversations import Conversation
 
+T = TypeVar("T")
 LEAST_FILLED = 0.9  # of a row of a forward without training; the rest is padding
 
 
@@ -39,7 +41,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
-        return Batch(*(tensor if tensor is None else to_device(tensor, device) for tensor in vars(self).values()))
+        return Batch(**{name: to_device(tensor, device) for name, tensor in vars(self).items() if tensor is not None})
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -80,8 +82,8 @@ def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = F
     rows = torch.tensor([row for row, start, end in spans for _ in range(start, end)], dtype=torch.int64)
     ce_weight = torch.tensor([c.ce_weight for c in conversations], dtype=torch.float32)[rows]
     weight = torch.tensor([c.weight for c in conversations], dtype=torch.float32)[rows]
-    index, labels, position = (torch.tensor(values, dtype=torch.int64) for values in (index, labels, position))
-    return Batch(tokens, index, labels, position, rows, ce_weight, weight, mask, input_pos)
+    flat = [torch.tensor(values, dtype=torch.int64) for values in (index, labels, position)]
+    return Batch(tokens, flat[0], flat[1], flat[2], rows, ce_weight, weight, mask, input_pos)
 
 
 def response_only_views(
@@ -125,6 +127,6 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int, least_filled: flo
     return batches
 
 
-def rank_rows(rows: Sequence[int], rank: int, world_size: int) -> list[int]:
+def rank_rows(rows: Sequence[T], rank: int, world_size: int) -> list[T]:
     """The rows of a global batch that one rank computes: every ``world_size``-th, so that lengths spread evenly."""
     return list(rows[rank::world_size])

@@ -250,7 +250,7 @@ def _fields(annotation: Any) -> Fields | None:
 
 
 def _hints(component: Callable[..., Any]) -> dict[str, Any]:
-    function = component.__init__ if inspect.isclass(component) else component  # type: ignore[misc]
+    function = component.__init__ if inspect.isclass(component) else component
     try:
         return typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError, AttributeError):  # annotations for type checkers alone

@@ -147,8 +147,9 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -
 
 def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Message], header: bool) -> str:
     """The chat as text; with ``header`` it ends with the header of the assistant turn to come."""
+    template: Any = tokenizer.apply_chat_template  # its annotations know no tool calls, and not that this returns text
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header, date_string=DATE)
+        return template(messages, tokenize=False, add_generation_prompt=header, date_string=DATE)
     except (
         jinja2.TemplateError,
         TypeError,
@@ -323,7 +324,8 @@ def show(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, longest
     done = 0
     for start, end in conversation.responses:
         prompt, response = (
-            _printable(tokenizer.decode(conversation.tokens[a:b]), longest) for a, b in ((done, start), (start, end))
+            _printable(str(tokenizer.decode(conversation.tokens[a:b])), longest)
+            for a, b in ((done, start), (start, end))
         )
         pieces.append(f"{prompt}>>>{response}<<<")
         done = end
@@ -350,7 +352,7 @@ def response_only_prefix(tokenizer: PreTrainedTokenizerBase, bos: bool = True) -
     Raises:
         UserError: the template has no assistant header.
     """
-    user = [{"role": "user", "content": "x"}]
+    user: list[Message] = [{"role": "user", "content": "x"}]
     without = _apply_template(tokenizer, user, header=False)
     with_header = _apply_template(tokenizer, user, header=True)
     header = with_header.removeprefix(without)

@@ -16,7 +16,7 @@ from pact_tune.reference.readings import Head, Reading
 class TrainableHead(Head, Protocol):
     """A head that may itself be trained."""
 
-    def trained(self) -> list[torch.Tensor]:
+    def trained(self) -> Sequence[torch.Tensor]:
         """What is trained in the head: an adapter, the head itself in full fine-tuning, or nothing."""
 
 

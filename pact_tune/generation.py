@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -10,6 +11,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -23,7 +25,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     device_map: str | None = None,
     trust_remote_code: bool = False,
-) -> torch.nn.Module:
+) -> PreTrainedModel:
     """Loads a model to compute with, not to train.
 
     Args:
@@ -34,7 +36,7 @@ def load_model(
         trust_remote_code (bool): let the folder's own Python code run.
 
     Returns:
-        torch.nn.Module: in eval mode, on the device.
+        PreTrainedModel: in eval mode, on the device.
 
     Raises:
         UserError: it cannot be loaded.
@@ -42,7 +44,7 @@ def load_model(
     device = torch.device(device or default_device())
     try:
         dtype = dtype or compute_dtype(folder, device, trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # a damaged file raises safetensors' own types, a missing package ImportError
@@ -62,9 +64,9 @@ def compute_dtype(folder: str | Path, device: torch.device, trust_remote_code: b
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).dtype or torch.float32
 
 
-def end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end a turn: the tokenizer's end token and those of the model's own generation config."""
-    eos = model.generation_config.eos_token_id
+    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
     return sorted({tokenizer.eos_token_id} | ({eos} if isinstance(eos, int) else set(eos or [])))
 
 
@@ -96,7 +98,7 @@ def generation_config(
 
 @torch.inference_mode()
 def generate(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     config: GenerationConfig,
     processors: Sequence[LogitsProcessor] = (),
@@ -105,7 +107,7 @@ def generate(
     """Answers one batch of prompts.
 
     Args:
-        model (torch.nn.Module): causal language model.
+        model (PreTrainedModel): causal language model.
         prompts (Sequence[list[int]]): token ids that end with the assistant header.
         config (GenerationConfig): of :func:`generation_config`.
         processors (Sequence[LogitsProcessor]): change the logits of every step, in order.
@@ -121,7 +123,8 @@ def generate(
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
-        output = model.generate(
+        answer: Any = model.generate  # of another class of transformers, which all causal models have
+        output = answer(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
@@ -132,7 +135,7 @@ def generate(
 
 
 def generate_all(
-    model: torch.nn.Module,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     config: GenerationConfig,
     tokens_per_batch: int = 4096,
@@ -142,7 +145,7 @@ def generate_all(
     """Answers any number of prompts, those of like length together.
 
     Args:
-        model (torch.nn.Module): causal language model.
+        model (PreTrainedModel): causal language model.
         prompts (Sequence[list[int]]): token ids that end with the assistant header.
         config (GenerationConfig): of :func:`generation_config`.
         tokens_per_batch (int): padded tokens of a forward pass.
@@ -174,4 +177,4 @@ def up_to_end(response: list[int], ends: Collection[int]) -> list[int]:
 def decode(tokenizer: PreTrainedTokenizerBase, response: list[int], ends: Collection[int]) -> tuple[str, bool]:
     """The text of a response without its end-of-turn token, and whether it has one."""
     ended = bool(response) and response[-1] in ends
-    return tokenizer.decode(response[:-1] if ended else response), ended
+    return str(tokenizer.decode(response[:-1] if ended else response)), ended

@@ -233,7 +233,7 @@ def _publish(
     if info is not None and private and not info.private:
         raise UserError(f"'{repo}' exists and is public: make it private on the Hub first, or publish to another one.")
     # The root card lists the models that are there, so it depends on what others published.
-    folders = set() if info is None else {f.rfilename.split("/")[0] for f in info.siblings if "/" in f.rfilename}
+    folders = set() if info is None else {f.rfilename.split("/")[0] for f in info.siblings or () if "/" in f.rfilename}
     local = local | {"README.md": _repository_card(repo, sorted(folders | {subfolder})).encode()}
     changed = sorted(local) if info is None else _changed(api, repo, local, info.sha)
     latest = 0 if info is None else _latest_version(api, repo, subfolder)
@@ -258,7 +258,7 @@ def _publish(
     return Published(repo, changed, tag, commit)
 
 
-def _changed(api: HfApi, repo: str, local: dict[str, bytes], revision: str) -> list[str]:
+def _changed(api: HfApi, repo: str, local: dict[str, bytes], revision: str | None) -> list[str]:
     """Paths whose content on the Hub is another, or that are not there."""
     there = {entry.path: entry for entry in api.get_paths_info(repo, sorted(local), revision=revision)}
     return [path for path in sorted(local) if path not in there or not _same(there[path], local[path])]

@@ -18,11 +18,19 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pact_tune import hub, log
 from pact_tune.batching import batches_by_length
-from pact_tune.conversations import encode, end_of_turn, load_tokenizer, render, render_prompt, tokenizer_fingerprint
+from pact_tune.conversations import (
+    Message,
+    encode,
+    end_of_turn,
+    load_tokenizer,
+    render,
+    render_prompt,
+    tokenizer_fingerprint,
+)
 from pact_tune.errors import UserError, cannot_load, unknown_key
 from pact_tune.files import PARTIAL, atomic_file, check_replaceable, remove_partial
 from pact_tune.fingerprints import model_fingerprint
@@ -103,7 +111,7 @@ class _Corpus:
     """Prompts with the aligned model's responses, as token ids; `benign` ones mark style."""
 
     name: str
-    messages: list[list[dict[str, str]]]
+    messages: list[list[Message]]
     prompts: list[list[int]]
     responses: list[list[int]] = field(default_factory=list)
 
@@ -184,7 +192,7 @@ def identify_safety_tokens(
         raise UserError("Style tokens can only be left out when benign prompts are given.")
     if responses is not None and len(responses) != len(prompts):
         raise UserError(f"There are {len(prompts)} prompts but {len(responses)} responses: give one response a prompt.")
-    rank, world_size, device = _world(device)
+    rank, world_size, place = _world(device)
     folders = {
         "aligned": hub.model_folder(aligned, aligned_revision, trust_remote_code),
         "base": hub.model_folder(base, base_revision, trust_remote_code),
@@ -207,7 +215,7 @@ def identify_safety_tokens(
         temperature=temperature,
         seed=seed,
         tokens_per_batch=tokens_per_batch,
-        device=device,
+        device=place,
         device_map=device_map,
         dtype=dtype,
         work_dir=None if work_dir is None else Path(work_dir),
@@ -330,7 +338,7 @@ def _corpus(
     """Renders prompts; those that leave no room for a response are left out, and counted."""
     corpus, left_out = _Corpus(name, [], []), 0
     for index, prompt in enumerate(prompts):
-        messages = [{"role": "user", "content": prompt}]
+        messages: list[Message] = [{"role": "user", "content": prompt}]
         ids = render_prompt(run.tokenizer, messages)
         if len(ids) + run.max_response_tokens > limit:
             left_out += 1
@@ -345,7 +353,7 @@ def _corpus(
     return corpus, left_out
 
 
-def _given_response(run: _Run, messages: list[dict[str, str]], text: str) -> list[int]:
+def _given_response(run: _Run, messages: list[Message], text: str) -> list[int]:
     conversation = render(run.tokenizer, [*messages, {"role": "assistant", "content": text}])
     response = [token for start, end in conversation.responses for token in conversation.tokens[start:end]]
     if not run.include_eos:
@@ -381,11 +389,10 @@ def _respond(run: _Run, model: "_LazyModel", corpus: _Corpus) -> None:
     corpus.responses = [answers[i] for i in range(len(corpus.prompts))]
 
 
-def _generate(run: _Run, model: torch.nn.Module, prompts: list[list[int]], seed: int) -> list[list[int]]:
-    return [
-        _cut(run, r, model.generation_config.eos_token_id)
-        for r in generate(model, prompts, model.generation_config, seed=seed)
-    ]
+def _generate(run: _Run, model: PreTrainedModel, prompts: list[list[int]], seed: int) -> list[list[int]]:
+    config = model.generation_config
+    assert config is not None  # see _load
+    return [_cut(run, r, config.eos_token_id) for r in generate(model, prompts, config, seed=seed)]
 
 
 # --- sums of probabilities
@@ -444,7 +451,7 @@ def _row_weights(run: _Run, corpus: str, index: int, length: int) -> torch.Tenso
 
 @torch.inference_mode()
 def _probability_sums(
-    run: _Run, model: torch.nn.Module, rows: list[tuple[list[int], list[int], torch.Tensor]], columns: int
+    run: _Run, model: PreTrainedModel, rows: list[tuple[list[int], list[int], torch.Tensor]], columns: int
 ) -> torch.Tensor:
     """Weighted sums of softmax over the response positions of one batch, ``[2, columns]`` fp64."""
     weights = torch.cat([w for _, _, w in rows], dim=1).float()
@@ -464,7 +471,8 @@ class _LazyModel:
     """A model that is loaded when first asked for: a resumed run need not load it for work that is done."""
 
     def __init__(self, run: _Run, folder: Path) -> None:
-        self.run, self.folder, self.model = run, folder, None
+        self.run, self.folder = run, folder
+        self.model: PreTrainedModel | None = None
 
     def __enter__(self) -> "_LazyModel":
         return self
@@ -475,13 +483,13 @@ class _LazyModel:
             gc.collect()  # the hooks of a device map refer to each other
             torch.cuda.empty_cache()
 
-    def get(self) -> torch.nn.Module:
+    def get(self) -> PreTrainedModel:
         if self.model is None:
             self.model = _load(self.run, self.folder)
         return self.model
 
 
-def _load(run: _Run, folder: Path) -> torch.nn.Module:
+def _load(run: _Run, folder: Path) -> PreTrainedModel:
     dtype = None if run.dtype == "auto" else _DTYPES[run.dtype]
     model = load_model(folder, run.device, dtype, run.device_map, run.trust_remote_code)
     rows = model.get_output_embeddings().weight.shape[0]

@@ -5,6 +5,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
@@ -38,8 +39,10 @@ class TokenIntervention(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         ids = self.ids.to(scores.device)
         if self.bias is None:
-            return scores.index_fill(1, ids, max(ABLATE, torch.finfo(scores.dtype).min))
-        return scores.index_add(1, ids, torch.full_like(scores[:, : len(ids)], self.bias))
+            changed = scores.index_fill(1, ids, max(ABLATE, torch.finfo(scores.dtype).min))
+        else:
+            changed = scores.index_add(1, ids, torch.full_like(scores[:, : len(ids)], self.bias))
+        return cast(torch.FloatTensor, changed)
 
 
 @dataclass(frozen=True)

@@ -181,10 +181,11 @@ class Lines:
 
     def _say(self) -> None:
         self.said, self.said_n = time.monotonic(), self.n
+        total: Any = self.total  # its annotation knows no None, which it takes
         logger.info(
             tqdm.format_meter(
                 self.n,
-                self.total,
+                total,
                 self.said - self.started,
                 prefix=self.desc or "Progress",
                 unit=self.unit,

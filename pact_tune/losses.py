@@ -5,7 +5,7 @@ Shapes: T = all response tokens of a batch, concatenated; K = safety tokens; C =
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ Temperature = Annotated[Number, Field(gt=0, le=1e3)]
 Threshold = Annotated[Number, Field(gt=0, le=1)]
 Slope = Annotated[Number, Field(ge=-1e6, le=1e6)]
 Decay = Annotated[float, Field(gt=0, allow_inf_nan=True, description="a number above 0, or .inf for no decay")]
-VOCABULARY = "vocabulary"  # k: every token is a safety token (the full-vocabulary KL of the paper's Table 5)
+VOCABULARY: Final = "vocabulary"  # k: every token is a safety token (the full-vocabulary KL of the paper's Table 5)
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,8 @@ def pact_loss(
         target = reference_full.to(student.dtype)
         gate = target.new_zeros(position.shape)
         if config.response_only:
+            if reference_response_only is None:
+                raise ValueError("config.response_only needs the reference's response-only view")
             response_only = reference_response_only.to(student.dtype)
             gate = _gate(student[:, :k], response_only[:, :k], position, config)
             # Eq. 7, in the form that is exact when both views agree

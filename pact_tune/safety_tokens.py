@@ -177,7 +177,9 @@ class SafetyTokens:
         values = self.candidates[{"score": "scores", "reference_probability": "reference_probability"}[ranking]]
         order = top_k(values, self.candidates["ids"], k)
         warn_of_ties(values, k)
-        chosen = {name: self.candidates[name][order] for name in ("ids", "scores", "reference_probability")}
+        chosen: dict[str, Any] = {
+            name: self.candidates[name][order] for name in ("ids", "scores", "reference_probability")
+        }
         options = self.provenance.get("options", {}) | {"k": k, "ranking": ranking, "weighting": weighting}
         names = dict(zip(self.ids.tolist(), self.tokens, strict=True)) if self.tokens else {}
         if self.candidate_tokens:
@@ -424,7 +426,7 @@ def warn_of_ties(values: torch.Tensor, k: int) -> None:
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> list[str]:
     """The text of each id of ``ids`` ``[K]`` on its own; the vocabulary's own piece where that is nothing ("▁")."""
-    return [tokenizer.decode([i]) or str(tokenizer.convert_ids_to_tokens(i) or "") for i in ids.tolist()]
+    return [str(tokenizer.decode([i])) or str(tokenizer.convert_ids_to_tokens(i) or "") for i in ids.tolist()]
 
 
 def safety_tokens_from_templates(

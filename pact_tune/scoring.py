@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from pact_tune.batching import batches_by_length
 
@@ -20,11 +21,11 @@ CHUNK_BYTES = {"cpu": 28_000_000, "cuda": 256_000_000}
 
 
 @torch.inference_mode()
-def response_logits(model: torch.nn.Module, pairs: Sequence[Pair]) -> Iterator[torch.Tensor]:
+def response_logits(model: PreTrainedModel, pairs: Sequence[Pair]) -> Iterator[torch.Tensor]:
     """Logits at the response positions of one batch, in chunks: the tensor of the vocabulary's size is never whole.
 
     Args:
-        model (torch.nn.Module): causal language model of transformers.
+        model (PreTrainedModel): causal language model of transformers.
         pairs (Sequence[Pair]): prompts and responses.
 
     Yields:
@@ -46,9 +47,9 @@ def response_logits(model: torch.nn.Module, pairs: Sequence[Pair]) -> Iterator[t
         yield _logits(model, output, part).float()
 
 
-def _logits(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.Tensor:
+def _logits(model: PreTrainedModel, output: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[n, V]`` of hidden rows ``[n, H]`` as the model itself makes them (soft-cap, scale and all)."""
-    body = model.base_model
+    body: Any = model.base_model
     rows = copy.copy(output)
     rows.last_hidden_state = hidden[None]
     before = body.__dict__.get("forward")  # accelerate puts its own there
@@ -64,12 +65,12 @@ def _logits(model: torch.nn.Module, output: Any, hidden: torch.Tensor) -> torch.
 
 
 def response_logprobs(
-    model: torch.nn.Module, pairs: Sequence[Pair], tokens_per_batch: int = 4096
+    model: PreTrainedModel, pairs: Sequence[Pair], tokens_per_batch: int = 4096
 ) -> Iterator[torch.Tensor]:
     """Log-probabilities over the vocabulary at every position of given responses.
 
     Args:
-        model (torch.nn.Module): causal language model of transformers.
+        model (PreTrainedModel): causal language model of transformers.
         pairs (Sequence[Pair]): prompts and responses.
         tokens_per_batch (int): padded tokens of a forward pass.
 
@@ -81,11 +82,11 @@ def response_logprobs(
         yield from logprobs.split([len(response) for _, response in batch])
 
 
-def token_logprobs(model: torch.nn.Module, pairs: Sequence[Pair], tokens_per_batch: int = 4096) -> list[torch.Tensor]:
+def token_logprobs(model: PreTrainedModel, pairs: Sequence[Pair], tokens_per_batch: int = 4096) -> list[torch.Tensor]:
     """Log-probability of each token of given responses.
 
     Args:
-        model (torch.nn.Module): causal language model of transformers.
+        model (PreTrainedModel): causal language model of transformers.
         pairs (Sequence[Pair]): prompts and responses.
         tokens_per_batch (int): padded tokens of a forward pass.
 
@@ -133,8 +134,8 @@ class Comparison:
 
 
 def compare(
-    reference: torch.nn.Module,
-    model: torch.nn.Module,
+    reference: PreTrainedModel,
+    model: PreTrainedModel,
     pairs: Sequence[Pair],
     columns: Sequence[int] = (),
     tokens_per_batch: int = 4096,
@@ -142,8 +143,8 @@ def compare(
     """Compares a model with a frozen one on given responses; no tensor of responses times vocabulary is whole.
 
     Args:
-        reference (torch.nn.Module): the frozen model.
-        model (torch.nn.Module): the one under test, with as many rows in its head, on the same kind of device.
+        reference (PreTrainedModel): the frozen model.
+        model (PreTrainedModel): the one under test, with as many rows in its head, on the same kind of device.
         pairs (Sequence[Pair]): prompts and responses.
         columns (Sequence[int]): token ids whose probability is summed.
         tokens_per_batch (int): padded tokens of a forward pass.

@@ -166,7 +166,7 @@ class ModelFolder(Mapping[str, torch.Tensor]):
         if len(shards) == 1:
             self._write_shard(folder / "model.safetensors", shards[0], change)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(shards, start=1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
             self._write_shard(folder / file, names, change)
@@ -194,7 +194,7 @@ class ModelFolder(Mapping[str, torch.Tensor]):
                 new = change(name, old).detach().cpu().contiguous()
                 if (new.dtype, new.shape) != (old.dtype, old.shape):
                     raise RuntimeError(f"{name} was {old.dtype} {old.shape} and became {new.dtype} {new.shape}.")
-                file.write(memoryview(new.flatten().view(torch.uint8).numpy()))
+                file.write(new.flatten().view(torch.uint8).numpy().data)
 
 
 def through_nf4(weight: torch.Tensor, module: str, network: Network, dtype: torch.dtype) -> torch.Tensor:

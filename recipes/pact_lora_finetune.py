@@ -173,7 +173,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         Args:
             options (DictConfig | None): section `reference_cache`.
         """
-        prefix = ()
+        prefix: Sequence[int] = ()
         if "response_only" in self.objective.views:
             prefix = response_only_prefix(self.tokenizer, self.objective.response_only_bos)
         self.reference = ReferenceSource(
@@ -319,7 +319,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         tokens = sum(self.rows[row].num_response_tokens for row in self.interval.rows)
         metrics["tokens_per_second"] = tokens / (time.perf_counter() - self.interval_start)
         if self.cfg.clip_grad_norm is not None:
-            norm = self.grad_norm
+            norm: Any = self.grad_norm
             metrics["grad_norm"] = (norm.full_tensor() if self.world_size > 1 else norm).item()
         if self.cfg.log_peak_memory_stats and self.device.type != "cpu":
             metrics |= training.get_memory_stats(device=self.device)
@@ -344,7 +344,9 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             "total steps": self.schedule.total_steps,
             "reference": self.backbone.reference["weights"],
         }
-        sections = {name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "optimizer")}
+        sections: dict[str, Any] = {
+            name: OmegaConf.to_container(cfg[name], resolve=True) for name in ("model", "optimizer")
+        }
         sections["lr_scheduler"] = OmegaConf.to_container(cfg.lr_scheduler, resolve=True) if cfg.lr_scheduler else {}
         sections["loss"] = self.objective.settings
         return identity | {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}

@@ -11,6 +11,25 @@ from recipe import write_workspace
 
 torch.set_num_threads(1)
 
+# Whole files, so that a new test in one of them is in the quick tier without a thought.
+QUICK = (
+    "test_batching.py",
+    "test_conversations.py",
+    "test_files.py",
+    "test_head.py",
+    "test_log.py",
+    "test_losses.py",
+    "test_run_state.py",
+    "test_scoring.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the quick tier."""
+    for item in items:
+        if item.path.name in QUICK:
+            item.add_marker(pytest.mark.quick)
+
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory):

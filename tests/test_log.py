@@ -6,8 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from recipe import tune_run
 
-from pact_tune import log
+from pact_tune import cli, log
+from pact_tune.errors import UserError
 from pact_tune.log import EVERY_RANK, logger, progress
 
 
@@ -82,3 +84,16 @@ def test_torchao_says_nothing_when_it_is_imported():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert logging.getLogger("torchao").filters == [log._is_news]
+
+
+def test_the_recipe_shows_tracebacks_on_demand(monkeypatch):
+    """One sentence for users; the error itself, and so its traceback, with PACT_TUNE_DEBUG=1 (the commands likewise)."""
+    monkeypatch.setenv("PACT_TUNE_DEBUG", "0")
+    sentence = tune_run(monkeypatch, "demo/pact_lora", "epochs=0")
+    assert isinstance(sentence, str) and sentence.startswith("pact_lora_finetune: ") and "epochs" in sentence
+    assert cli.main(["validate", "demo/pact_lora", "epochs=0"]) == 1
+    monkeypatch.setenv("PACT_TUNE_DEBUG", "1")
+    with pytest.raises(UserError, match="epochs"):
+        tune_run(monkeypatch, "demo/pact_lora", "epochs=0")
+    with pytest.raises(UserError, match="epochs"):
+        cli.main(["validate", "demo/pact_lora", "epochs=0"])

@@ -24,8 +24,9 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from pact_tune import ReferenceCache, chat_dataset, load_tokenizer, safety_tokens_from_templates
-from pact_tune.batching import collate, epoch_order, group_by_length, response_only_views
+from pact_tune.batching import collate, response_only_views
 from pact_tune.conversations import response_only_prefix
+from pact_tune.schedule import epoch_order, group_by_length
 
 pytestmark = pytest.mark.skipif("PACT_TUNE_TEST_DATA" not in os.environ, reason="PACT_TUNE_TEST_DATA is not set")
 DATA = Path(os.environ.get("PACT_TUNE_TEST_DATA", "."))

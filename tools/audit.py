@@ -9,7 +9,7 @@ from pact_tune import cli
 from pact_tune.errors import UserError
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Audits data and writes one verdict a row.
 
     Args:

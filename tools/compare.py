@@ -8,7 +8,7 @@ from pact_tune import cli
 from pact_tune.errors import UserError
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Prints the table and writes page, Markdown and CSV.
 
     Args:

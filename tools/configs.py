@@ -11,6 +11,7 @@ from torch import nn
 from torchtune import config, training
 from torchtune._cli import tune
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
+from transformers import PreTrainedModel
 
 from pact_tune.backbones import TRANSFORMERS
 from pact_tune.config import refuse
@@ -180,6 +181,7 @@ def check(cfg: DictConfig) -> nn.Module:
     if cfg.checkpoint_dir is not None and Path(cfg.checkpoint_dir).is_dir():
         _built(problems, lambda: _checkpoint(cfg, model))
     refuse(problems)
+    assert model is not None  # else there is a problem
     return model
 
 
@@ -228,7 +230,7 @@ def _optimizer(cfg: DictConfig, model: nn.Module) -> None:
 
 def memory(cfg: DictConfig, model: nn.Module, processes: int = 1) -> float:
     """Estimated peak memory of one GPU, in bytes; see :func:`pact_tune.memory.estimate_memory`."""
-    sizes = transformers_sizes(model) if cfg.model._component_ == TRANSFORMERS else sizes_of(model)
+    sizes = transformers_sizes(model) if isinstance(model, PreTrainedModel) else sizes_of(model)
     return estimate_memory(sizes, cfg.batch_size, _tokens(cfg), cfg.enable_activation_checkpointing, processes)
 
 

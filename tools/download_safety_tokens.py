@@ -9,7 +9,7 @@ from pact_tune.errors import printable
 from pact_tune.safety_tokens import SafetyTokens, check_output
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Downloads safety tokens, checks them and writes them to a folder.
 
     Args:

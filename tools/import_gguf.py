@@ -7,7 +7,7 @@ from pact_tune import cli
 from pact_tune.hf.gguf_import import ARCHITECTURES, DTYPES, STORED_WHOLE, import_gguf
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Imports one file and says what was dequantised from what.
 
     Args:

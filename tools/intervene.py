@@ -10,7 +10,7 @@ from pact_tune.prompts import column, read_prompts
 from pact_tune.safety_tokens import SafetyTokens
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Runs the experiment and prints one row an arm.
 
     Args:

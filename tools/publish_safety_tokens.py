@@ -10,7 +10,7 @@ from pact_tune.publishing import publish
 from pact_tune.safety_tokens import SafetyTokens, prebuilt_names
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Publishes safety tokens.
 
     Args:
@@ -55,7 +55,7 @@ def _report(done: Published, dry_run: bool) -> None:
             if files
             else f"Dry run; {done.repo} is up to date."
         )
-    elif done.changed:
+    elif done.changed and done.commit is not None:
         print(f"Published to {done.repo} as {done.tag} (commit {done.commit[:12]}): {', '.join(done.changed)}")
     else:
         print(f"{done.repo} already holds this as {done.tag}: nothing to commit.")

@@ -11,7 +11,7 @@ from pact_tune.prompts import column, read_prompts
 from pact_tune.safety_tokens import check_output, safety_tokens_from_templates
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Writes the safety tokens of a tokenizer.
 
     Args:

@@ -13,7 +13,7 @@ MOST_BARS, MOST_CHARACTERS = 200, 60  # of a plot; the table shows all
 PLOT_KINDS = (".png", ".svg", ".pdf")
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Shows safety tokens.
 
     Args:

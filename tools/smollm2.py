@@ -8,7 +8,7 @@ from pact_tune import cli
 from pact_tune.smollm2.prepare import prepare
 
 
-def main(argv: list[str] | None = None) -> int | None:
+def main(argv: list[str] | None = None) -> None:
     """Prepares everything; goes on where an earlier run stopped.
 
     Args:

@@ -165,7 +165,7 @@ def _load(folder: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor]) ->
     """A model in transformers, some of its weights replaced."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Eager attention is the only one that computes Gemma 2's soft-cap everywhere.
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
     )
     parameters = dict(model.named_parameters())
@@ -185,7 +185,7 @@ def _sample(
             "The result was trained from Python, on rows that its stamp cannot name: name some with --data."
         )
     if data is not None:
-        settings = {"source": data, "columns": columns or (section or {}).get("columns")}
+        settings: dict[str, Any] = {"source": data, "columns": columns or (section or {}).get("columns")}
     elif section["_component_"] != "pact_tune.chat_dataset":  # somebody's own
         settings = {key: value for key, value in section.items() if key != "_component_"}
         return _component(section["_component_"])(tokenizer, **settings).conversations[:rows]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pact_tune import generation, hub
 from pact_tune.conversations import Message, load_tokenizer, one_line, render_prompt
@@ -82,14 +82,15 @@ def _files(name: str) -> _Files:
     return _Files(weights, folder, folder if (folder / "tokenizer_config.json").is_file() else weights)
 
 
-def _with_adapter(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+def _with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """A model with LoRA layers put in; they are not merged, since merging would round to the base's dtype."""
     try:
         import peft
     except ImportError as error:
         raise UserError("Adapters need peft: pip install 'pact-tune[eval]'.") from error
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).get_base_model().eval()
+        adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
+        return adapted.get_base_model().eval()
     except Exception as error:  # peft raises whatever does not fit
         raise UserError(
             f"The adapter in '{folder}' does not fit the base model that it names ({one_line(error)})."
@@ -143,7 +144,7 @@ class Local:
         }
 
     @functools.cached_property
-    def network(self) -> torch.nn.Module:
+    def network(self) -> PreTrainedModel:
         """The loaded model."""
         model = generation.load_model(self.files.weights, self.device)
         return model if self.files.adapter is None else _with_adapter(model, self.files.adapter)

@@ -132,7 +132,7 @@ def _gsm8k(row: Mapping[str, Any]) -> Item:
 def own_task(row: Mapping[str, Any]) -> Item:
     """A user's row: "messages" whose last turn is the answer, or "prompt" with "answer", "choices" or "regex"."""
     if "messages" in row:
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+        turns: list[Message] = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
         return Item(turns[:-1], {"answer": turns[-1]["content"]})
     target = {key: row[key] for key in ("answer", "choices", "regex") if row.get(key) is not None}
     if not {"answer", "regex"} & set(target):
@@ -312,7 +312,7 @@ def _read_file(benchmark: Benchmark, file: Path) -> list[Any]:
         return read_prompts(file)
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
+            tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if file.suffix == ".tsv" else {}
             lines = list(csv.reader(stream, **tabs))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"'{file}' cannot be read ({error}): save it as UTF-8 with one row a line.") from error

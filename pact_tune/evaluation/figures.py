@@ -49,7 +49,8 @@ def draw(title: str, plot: Callable[[Axes], None], height: float = 2.9) -> Figur
     Returns:
         Figure: the SVG, without fixed size or background.
     """
-    with plt.rc_context(_STYLE | {"svg.hashsalt": title}):  # the salt keeps ids of several plots of a page apart
+    style: Any = _STYLE | {"svg.hashsalt": title}
+    with plt.rc_context(style):  # the salt keeps ids of several plots of a page apart
         figure, axis = plt.subplots(figsize=(4.4, height))
         plot(axis)
         buffer = io.StringIO()

@@ -7,12 +7,12 @@ line to :func:`load`.
 import importlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pact_tune import generation, hub
-from pact_tune.conversations import encode, load_tokenizer
+from pact_tune.conversations import Message, encode, load_tokenizer
 from pact_tune.errors import UserError
 from pact_tune.evaluation.coherence import broken_because
 from pact_tune.evaluation.endpoint import Endpoint
@@ -198,9 +198,10 @@ class LlamaGuard:
         plain = [{"role": role, "content": text} for role, text in texts.items()]
         # The vision and 1 B guards' templates want a list of parts, and silently drop plain text.
         parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+        template: Any = self.tokenizer.apply_chat_template  # its annotations know no parts
         for messages in (plain, parts):
             try:
-                text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+                text: str = template(messages, tokenize=False)
             except Exception:  # a template raises whatever jinja meets in it
                 continue
             if answer.prompt.strip() in text and answer.response.strip() in text:
@@ -278,7 +279,7 @@ class Rubric:
 
     def judge(self, answers: Sequence[Answered]) -> list[Verdict]:
         prompts = [RUBRIC.format(prompt=answer.prompt, response=answer.response) for answer in answers]
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats: list[list[Message]] = [[{"role": "user", "content": prompt}] for prompt in prompts]
         return [parse_rubric(text) for text, _ in self.endpoint.answer(chats, max_new_tokens=200)]
 
 
@@ -317,7 +318,7 @@ def load(name: str, *, model: str | None = None, endpoint: Endpoint | None = Non
     Raises:
         UserError: no such judge, or what it needs is not given.
     """
-    simple = {"phrases": Phrases, "demo": Demo, "demo-keywords": DemoKeywords}
+    simple: dict[str, Callable[[], Judge]] = {"phrases": Phrases, "demo": Demo, "demo-keywords": DemoKeywords}
     if name in simple:
         return simple[name]()
     if name == "llama-guard":

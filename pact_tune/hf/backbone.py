@@ -38,7 +38,7 @@ def plan(cfg: DictConfig) -> tuple[CausalLM, PreTrainedModel]:
     Raises:
         UserError: it cannot be built.
     """
-    section = OmegaConf.to_container(cfg.model, resolve=True)
+    section: Any = OmegaConf.to_container(cfg.model, resolve=True)
     spec = causal_lm(**{key: value for key, value in section.items() if key != "_component_"})
     return spec, spec.skeleton(DTYPES[cfg.dtype], DTYPES[cfg.adapter_dtype])
 
@@ -151,7 +151,7 @@ class HFBackbone:
         """
         cfg, rank = self.cfg, dist.get_rank() if self.world_size > 1 else 0
         adapter_dtype = DTYPES[cfg.adapter_dtype]
-        source = None
+        source: Any = None
         if rank == 0:
             source = self.spec.load(self.dtype, adapter_dtype, seed, self.device)
         if self.world_size > 1:
@@ -228,6 +228,7 @@ def transformers_sizes(model: PreTrainedModel) -> Sizes:
     def size(parameters: Iterable[nn.Parameter]) -> int:
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
+    embeddings: Any = model.get_input_embeddings()
     inner = config.intermediate_size
     if (experts := getattr(config, "num_experts_per_tok", None)) is not None:
         inner = experts * getattr(config, "moe_intermediate_size", inner)
@@ -236,7 +237,7 @@ def transformers_sizes(model: PreTrainedModel) -> Sizes:
         trained=size(parameter for parameter in model.parameters() if parameter.requires_grad),
         layers=len(all_layers),
         layer=max(size(layer.parameters()) for layer in all_layers),
-        embedding=model.get_input_embeddings().weight,
+        embedding=embeddings.weight,
         inner=inner,
         whole_scores=config.num_attention_heads if model.config._attn_implementation == "eager" else 0,
     )

@@ -75,7 +75,8 @@ class HFHead:
     def _base(self) -> nn.Linear:
         """The head itself, without LoRA."""
         head = self.model.get_output_embeddings()
-        return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        base: Any = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+        return base
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         logits = logits.float()
@@ -96,7 +97,7 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     Raises:
         UserError: there is none, or it has no head.
     """
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     while not isinstance(inner, PreTrainedModel):
         if not hasattr(inner, "get_base_model"):
             raise UserError(f"A {type(inner).__name__} is no model of transformers: give a causal language model.")

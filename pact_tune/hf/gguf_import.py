@@ -96,9 +96,10 @@ def import_gguf(file: str | Path, output: str | Path, dtype: str = "float32") ->
     with _quietly(), _damage_as_user_error(file):
         tokenizer = _tokenizer(place, header)
         config = _config(place, header)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             **place, config=config, dtype=DTYPES[dtype], output_loading_info=True
         )
+    model, loading = loaded
     _check_complete(file, header, model, loading)
     # The weights are plain now; save_pretrained refuses a model that says otherwise.
     del model.config.quantization_config

@@ -134,9 +134,11 @@ class CausalLM:
         if targets == "all-linear" and any("experts" in name for name, _ in model.named_modules()):
             # PEFT's versions read "all-linear" differently there: some leave the experts out.
             targets = ATTENTION
+        assert self.r is not None  # see _with_adapter
+        alpha: Any = self.lora_alpha  # need not be whole, whatever the annotation says
         config = LoraConfig(
             r=self.r,
-            lora_alpha=self.lora_alpha,
+            lora_alpha=alpha,
             target_modules=targets if isinstance(targets, str) else list(targets),
             lora_dropout=self.lora_dropout,
             use_dora=self.use_dora,
@@ -173,11 +175,12 @@ class CausalLM:
         if self.load_in_4bit:
             options |= four_bit(dtype) | {"device_map": {"": device}}
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 self.folder.directory, output_loading_info=True, **options
             )
         except (RuntimeError, ValueError, OSError, ImportError) as error:
             raise UserError(f"The weights in '{self.path}' cannot be loaded: {one_line(error)}") from error
+        model, report = loaded
         if missing := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
             raise UserError(f"The checkpoint in '{self.path}' lacks {missing[0]}: download it again.")
         torch.manual_seed(seed)
@@ -190,7 +193,7 @@ class CausalLM:
         if self.r is None:
             return model
         try:
-            peft = get_peft_model(
+            adapted: Any = get_peft_model(
                 model,
                 self.lora_config(model),
                 autocast_adapter_dtype=adapter_dtype is torch.float32,
@@ -198,7 +201,7 @@ class CausalLM:
             )
         except ValueError as error:
             raise UserError(f"model.target_modules: {one_line(error)}") from error
-        return peft.get_base_model()
+        return adapted.get_base_model()
 
     def _start_from(self, model: PreTrainedModel, folder: Path) -> None:
         """Puts an adapter's weights into a model that has one of the same kind."""

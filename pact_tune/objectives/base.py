@@ -56,7 +56,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         label_logprobs (torch.Tensor): the student's log-probability of the true next token, ``[n]`` float32, nats.
-        student (torch.Tensor): the objective's reading of the student, ``[n, C]``.
+        student (torch.Tensor): the objective's reading of the student, ``[n, C]``; C is 0 where it reads nothing.
         reference (Mapping[View, torch.Tensor]): the same of the reference, a view each.
         position (torch.Tensor): t, counted from 0 at the start of each response, ``[n]``.
         row (torch.Tensor): number of its conversation in the batch, ``[n]``.

@@ -40,7 +40,8 @@ def lisa(
     Raises:
         UserError: alignment data that cannot be read.
     """
-    data = chat_dataset(context.tokenizer, **alignment)
+    rows: Any = alignment  # a mapping; the annotation is what its keys are checked by
+    data = chat_dataset(context.tokenizer, **rows)
     states = BiState(data.conversations, k1, k2, rho, seed)
 
     def terms(chunk: Chunk) -> dict[str, torch.Tensor]:
@@ -49,7 +50,7 @@ def lisa(
     return Objective(
         settings={
             "method": "lisa", "constrained": True, "k1": k1, "k2": k2, "rho": rho, "seed": seed,
-            "alignment": {**alignment, "fingerprint": data_fingerprint(data.conversations)},
+            "alignment": {**rows, "fingerprint": data_fingerprint(data.conversations)},
         },
         terms=terms,
         coefficients={"ce": 1.0},

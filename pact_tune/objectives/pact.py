@@ -80,6 +80,7 @@ def pact(
         reading, weights = Vocabulary(), torch.ones(context.vocab_size, device=context.device)
         note = f"Safety tokens: all {context.vocab_size} of the vocabulary."
     else:
+        assert safety_tokens is not None  # see _config
         found, text = TokenSource(safety_tokens, revision, subfolder, template_fallback).load(context)
         chosen = found.select(config.k, config.ranking, config.weighting)
         reading = Columns(chosen.ids.to(context.device), config.tail)

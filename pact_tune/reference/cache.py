@@ -284,8 +284,8 @@ class ReferenceCache:
 
     def _verify(self, keys: Iterable[bytes]) -> None:
         """Compares the checksums of the shards that hold ``keys``, each once; damaged ones are removed, and said so."""
-        needed = {self._entries[key].shard for key in keys if key in self._entries} - self._verified
-        for shard in sorted(needed):
+        shards = {self._entries[key].shard for key in keys if key in self._entries}
+        for shard in sorted(shard for shard in shards - self._verified if shard is not None):
             if is_damaged(shard):
                 self._discard(shard)
                 self._entries = {key: entry for key, entry in self._entries.items() if entry.shard != shard}

@@ -5,7 +5,7 @@ model. Every rank of a distributed run has one and calls the same methods at the
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class ReferenceSource:
         dtype (torch.dtype): of the network.
         device (torch.device): where readings are wanted.
         network (dict[str, Any]): all that the numbers depend on beside the reading.
-        options (dict[str, Any] | None): directory, dtype, max_gb and lazy of the cache; None: computed in every step.
+        options (Mapping[Any, Any] | None): directory, dtype, max_gb and lazy of the cache; None: computed in every step.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ReferenceSource:
         dtype: torch.dtype,
         device: torch.device,
         network: dict[str, Any],
-        options: dict[str, Any] | None,
+        options: Mapping[Any, Any] | None,
     ) -> None:
         self.rows = rows
         self.objective = objective

@@ -56,7 +56,7 @@ class TorchtuneBackbone:
         self.adapter_dtype = training.get_dtype(cfg.adapter_dtype, device=device)
         self.checkpointer = config.instantiate(cfg.checkpointer)
         with training.set_default_dtype(dtype), torch.device("meta"):
-            plan = lora.build(cfg.model, world_size, self.adapter_dtype)
+            plan: Any = lora.build(cfg.model, world_size, self.adapter_dtype)
         self.checkpointer.check(plan)
         self.max_seq_len: int = plan.max_seq_len
         self.hidden_size: int = plan.tok_embeddings.embedding_dim
@@ -107,7 +107,8 @@ class TorchtuneBackbone:
         cfg, distributed = self.cfg, self.world_size > 1
         with training.set_default_dtype(self.dtype), torch.device("meta" if distributed else self.device):
             model = lora.build(cfg.model, self.world_size, self.adapter_dtype)
-        base, adapter = self.checkpointer.load(), {}
+        base = self.checkpointer.load()
+        adapter: dict[str, torch.Tensor] = {}
         if self.has_adapters:
             set_trainable_params(model, get_adapter_params(model))
             fresh = lora.initial_adapter(model, base, seed)

@@ -27,7 +27,7 @@ from pact_tune.weights import ModelFolder
 
 def from_checkpoint(
     path: str,
-    lora_attn_modules: list[LORA_ATTN_MODULES] = (),
+    lora_attn_modules: list[LORA_ATTN_MODULES] = (),  # type: ignore[assignment]  # a config's list; its default cannot change
     apply_lora_to_mlp: bool = False,
     apply_lora_to_output: bool = False,
     lora_rank: int | None = None,
@@ -182,7 +182,7 @@ def _gemma2(
     mlp: bool,
 ) -> TransformerDecoder:
     windows = [window for window in network.sliding_windows or () if window is not None]
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": network.vocab_size,
         "num_layers": network.num_layers,
         "num_heads": network.num_heads,

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import TransformerDecoder
 
 from pact_tune.adapters import (
     Adapter,
@@ -354,11 +355,11 @@ def constants_of_network(network: Network) -> dict[str, Any]:
     return constants
 
 
-def constants_of_model(model: nn.Module) -> dict[str, Any]:
+def constants_of_model(model: TransformerDecoder) -> dict[str, Any]:
     """The same of a torchtune model.
 
     Args:
-        model (nn.Module): may lie on the meta device.
+        model (TransformerDecoder): may lie on the meta device.
 
     Returns:
         dict[str, Any]: under config.json's names.

@@ -102,9 +102,15 @@ def read_yaml(path: Path) -> DictConfig:
         raise UserError(f"The config '{path}' is not text in UTF-8 (byte {error.start}): save it as UTF-8.") from error
     except (OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
         raise UserError(f"The config '{path}' cannot be read: {_first_line(error)}") from error
-    if not OmegaConf.is_dict(cfg):
+    if not isinstance(cfg, DictConfig):
         raise UserError(f"The config '{path}' must hold keys with values (epochs: 3), and holds something else.")
     return cfg
+
+
+def _merged(one: DictConfig, other: DictConfig) -> DictConfig:
+    both = OmegaConf.merge(one, other)
+    assert isinstance(both, DictConfig)
+    return both
 
 
 def read_whole(path: Path) -> DictConfig:
@@ -119,7 +125,7 @@ def read_whole(path: Path) -> DictConfig:
     base = read_yaml(find_config(str(cfg.pop("base"))))
     if "base" in base:
         raise UserError(f"The config '{path}' lies over one that has a base itself: name that one in 'base'.")
-    return OmegaConf.merge(base, cfg)
+    return _merged(base, cfg)
 
 
 def compose(config: str, methods: Sequence[str] = (), overrides: Sequence[str] = ()) -> DictConfig:
@@ -173,12 +179,12 @@ def lay_over(cfg: DictConfig, overlay: DictConfig, method: str) -> DictConfig:
         place = Path(output)
         last = place.name.replace("pact", method, 1) if "pact" in place.name else f"{place.name}_{method}"
         cfg.output_dir = str(place.with_name(last))
-    return OmegaConf.merge(cfg, overlay)
+    return _merged(cfg, overlay)
 
 
 def _of_the_model(old: DictConfig, component: str) -> dict[str, Any]:
     known = signature_of(find_component("loss", component)).keys
-    content = OmegaConf.to_container(old)
+    content: Any = OmegaConf.to_container(old)
     return {key: content[key] for key in OF_THE_MODEL if key in content and key in known}
 
 
@@ -207,9 +213,9 @@ def override(cfg: DictConfig, word: str) -> DictConfig:
         change = OmegaConf.from_dotlist([f"{key}={'null' if value == 'None' else value}"])
         section = _node(cfg, key)
         names_component = OmegaConf.is_dict(section) and "_component_" in section
-        if names_component and isinstance(OmegaConf.to_container(change)[key], str):
+        if names_component and isinstance(change[key], str):
             change = OmegaConf.from_dotlist([f"{key}._component_={value}"])
-        return OmegaConf.merge(cfg, change)
+        return _merged(cfg, change)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"'{word}' on the command line cannot be read ({_first_line(error)[:-1]}): write the value as YAML has it, a text "

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -164,7 +165,8 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype, reshard_af
     with training.set_default_dtype(dtype), device:
         for module in model.modules():
             if hasattr(module, "rope_init"):
-                module.rope_init()
+                rotary: Any = module
+                rotary.rope_init()
 
 
 def fill(

@@ -2,6 +2,7 @@
 
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune.modules import TransformerDecoder
 
 from pact_tune.memory import Sizes
 from pact_tune.torchtune.gemma2 import Gemma2Decoder
@@ -9,11 +10,11 @@ from pact_tune.torchtune.gemma2 import Gemma2Decoder
 NF4_BYTES = 0.5 + 1 / 64  # four bits, and one byte of scale per 64 weights
 
 
-def sizes_of(model: nn.Module) -> Sizes:
+def sizes_of(model: TransformerDecoder) -> Sizes:
     """Sizes of a model.
 
     Args:
-        model (nn.Module): as trained, on the meta device; what is trained has ``requires_grad``.
+        model (TransformerDecoder): as trained, on the meta device; what is trained has ``requires_grad``.
 
     Returns:
         Sizes: see there.
