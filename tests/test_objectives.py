@@ -582,3 +582,15 @@ def test_a_budget_without_a_constraint(workspace, tmp_path):
     loss = dict(OmegaConf.load(workspace).loss) | {"lambda_kl": 0, "kl_budget": 0.05}
     with pytest.raises(UserError, match="loss.kl_budget finds lambda_kl"):
         recipe_after(config_with(loss, workspace, tmp_path), 0, output_dir=str(tmp_path / "out"))
+
+
+def test_constrained_sft_of_rows_without_a_constraint_is_cross_entropy(workspace, tmp_path):
+    recipe = moved(CONSTRAINED, workspace, tmp_path)
+    object.__setattr__(recipe.rows[1], "weight", 0.0)
+
+    def naive(student, reference, labels, position):
+        return torch.nn.functional.cross_entropy(student, labels, reduction="sum")
+
+    assert_naive(recipe, naive, rows=[1])
+    with pytest.raises(AssertionError):
+        assert_naive(recipe, naive, rows=[0])
