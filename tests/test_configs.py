@@ -299,6 +299,13 @@ def test_another_component_starts_its_section_anew():
     assert set(load("demo/pact_lora", methods=["sft"]).loss) == {"_component_"}
 
 
+def test_methods_over_each_other():
+    """Plain SFT between two takes no safety tokens and does not lose those of the config."""
+    cfg = load("demo/pact_lora", methods=["safeinstruct", "pact_tail"])
+    assert cfg.loss.safety_tokens == load("demo/pact_lora").loss.safety_tokens and cfg.loss.preset == "tail"
+    assert cfg.dataset.anchors.source == "anchors.jsonl" and cfg.dataset.mix.fraction == 0.1
+
+
 def test_a_method_that_is_not_there(capsys):
     assert cli.main(["validate", "demo/pact_lora", "--method", "pact_tial"]) == 1
     assert "did you mean 'pact_tail'" in capsys.readouterr().err

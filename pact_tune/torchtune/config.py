@@ -144,15 +144,16 @@ def compose(config: str, methods: Sequence[str] = (), overrides: Sequence[str] =
     """
     register_resolvers()
     cfg = read_whole(find_config(config))
+    named = cfg.get("loss")  # a method between that takes no safety tokens must not lose them to the next one
     for name in methods:
         file = find_method(name)
-        cfg = lay_over(cfg, read_yaml(file), file.stem)
+        cfg = lay_over(cfg, read_yaml(file), file.stem, named)
     for word in overrides:
         cfg = override(cfg, word)
     return cfg
 
 
-def lay_over(cfg: DictConfig, overlay: DictConfig, method: str) -> DictConfig:
+def lay_over(cfg: DictConfig, overlay: DictConfig, method: str, loss: DictConfig | None = None) -> DictConfig:
     """A config with a method's few keys.
 
     A section that names another ``_component_`` starts anew, since what the old one was told means nothing to the new
@@ -163,6 +164,7 @@ def lay_over(cfg: DictConfig, overlay: DictConfig, method: str) -> DictConfig:
         cfg (DictConfig): the base.
         overlay (DictConfig): the method's keys.
         method (str): its name.
+        loss (DictConfig | None): section ``loss`` before any method.
 
     Returns:
         DictConfig: both.
@@ -173,6 +175,8 @@ def lay_over(cfg: DictConfig, overlay: DictConfig, method: str) -> DictConfig:
         old = cfg.get(name)
         if component and OmegaConf.is_dict(old) and old.get("_component_") != component:
             kept = _of_the_model(old, component) if name == "loss" else {}
+            if name == "loss" and OmegaConf.is_dict(loss):
+                kept = _of_the_model(loss, component) | kept
             cfg[name] = OmegaConf.create(kept)
     output = cfg.get("output_dir")
     if isinstance(output, str) and "output_dir" not in overlay:
