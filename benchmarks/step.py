@@ -116,7 +116,7 @@ def random_rows(tokenizer: Any, work: str, rows: int, vocab_size: int) -> ChatDa
     for i, prompt in enumerate(prompts):
         response = responses[i % len(responses)]
         conversations.append(Conversation(prompt + response, [(len(prompt), len(prompt) + len(response))]))
-    return ChatDataset(conversations, [Counts("random rows", used=rows)])
+    return ChatDataset(conversations, [Counts("random rows", used=rows)], [0] * rows)
 
 
 class RandomCheckpointer:

@@ -158,6 +158,21 @@ class ReferenceCacheSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnalysisSettings:
+    """Section ``analysis``: records for the paper's figures, in ``output_dir/analysis.jsonl``.
+
+    Attributes:
+        source (str): held-out harmful prompts with the aligned model's answers, as rows of a data set.
+        safety_tokens (str): folder, Hub repository or known name of the tokens to watch, also where the loss has none.
+        rows (int): rows of each source of the training data whose loss is recorded.
+    """
+
+    source: PathText
+    safety_tokens: Text
+    rows: Count = 32
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecipeSettings:
     """The recipe's own keys. Sections are checked against what their ``_component_`` names."""
 
@@ -187,6 +202,7 @@ class RecipeSettings:
     lr_scheduler: Section | None = None
     validation_dataset: Section | None = None  # like dataset; its loss is logged after each epoch
     reference_cache: ReferenceCacheSettings | None = ReferenceCacheSettings()
+    analysis: AnalysisSettings | None = None
     packed: bool = False
     enable_activation_checkpointing: bool = False
     compile: bool = False

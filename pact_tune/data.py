@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -106,13 +106,24 @@ class ChatDataset:
     Attributes:
         conversations (list[Conversation]): each with at least one response.
         counts (list[Counts]): one entry a source.
+        sources (list[int]): which of them each conversation comes from.
     """
 
     conversations: list[Conversation]
     counts: list[Counts]
+    sources: list[int]
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    def first_of_each(self, number: int, among: Container[int]) -> dict[str, list[int]]:
+        """Numbers of the first conversations of each source among some, at most so many."""
+        of_each: dict[str, list[int]] = {counts.source: [] for counts in self.counts}
+        for row, source in enumerate(self.sources):
+            rows = of_each[self.counts[source].source]
+            if len(rows) < number and row in among:
+                rows.append(row)
+        return of_each
 
 
 def chat_dataset(
@@ -193,9 +204,11 @@ def chat_dataset(
         all_counts.append(more_counts)
     if not conversations:
         raise UserError(f"No row can be trained on: {'; '.join(map(str, all_counts))}.")
+    sources = [number for number, counts in enumerate(all_counts) for _ in range(counts.conversations)]
+    order = list(range(len(conversations)))
     if mixed:
-        rng.shuffle(conversations)
-    return ChatDataset(conversations, all_counts)
+        rng.shuffle(order)
+    return ChatDataset([conversations[i] for i in order], all_counts, [sources[i] for i in order])
 
 
 def chat_rows(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from pact_tune.batching import Batch, collate
 from pact_tune.conversations import Conversation
@@ -26,7 +27,12 @@ class Decoder:
     Args:
         pad_id (int): id to pad batches with.
         device (torch.device): where batches go.
+
+    Attributes:
+        model (nn.Module): the network.
     """
+
+    model: nn.Module
 
     def __init__(self, pad_id: int, device: torch.device) -> None:
         self.pad_id = pad_id

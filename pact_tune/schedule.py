@@ -84,6 +84,20 @@ class Schedule:
         steps = steps[: self.max_steps_per_epoch]
         return steps if self.stream is None else self.stream.arrange(steps, self.main, epoch)
 
+    def check_lengths(self, max_seq_len: int, packed: bool) -> None:
+        """Raises UserError when a row, or the rows that are packed into one, do not fit into the model.
+
+        Args:
+            max_seq_len (int): tokens that the model takes.
+            packed (bool): ``batch_size`` rows make one.
+        """
+        longest = sum(sorted(self.lengths, reverse=True)[: self.batch_size if packed else 1])
+        if longest > max_seq_len:
+            raise UserError(
+                f"The longest row{'s that may be packed have' if packed else ' has'} {longest} tokens, and the model takes "
+                f"{max_seq_len}: set dataset.max_seq_len to leave longer ones out."
+            )
+
     @functools.cached_property
     def used(self) -> list[int]:
         """Numbers of the rows that the run uses, in order."""

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: the step at work is finished, the state is saved, and the process ends with the signal's code."""
 
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 import torch
@@ -41,6 +42,23 @@ class StopRequest:
         if self._signum == signal.SIGINT == signum:
             raise KeyboardInterrupt
         self._signum = signum
+
+    def check(self, step: int, total: int, save: Callable[[], None] | None = None) -> None:
+        """Ends the run where a signal came; all ranks must call it.
+
+        Args:
+            step (int): steps that are done.
+            total (int): steps of the run.
+            save (Callable[[], None] | None): saves the state; None: it is saved.
+
+        Raises:
+            Interrupted: with the signal's code.
+        """
+        signum = self.agreed()
+        if signum:
+            if save is not None:
+                save()
+            raise Interrupted(signum, step, total)
 
     def agreed(self) -> int:
         """The signal that any rank has got, 0 while there is none; all ranks must call it, and get the same."""

@@ -25,6 +25,7 @@ from torch import distributed as dist
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 
+from pact_tune.analysis import Analysis
 from pact_tune.backbones import open_backbone
 from pact_tune.batching import collate
 from pact_tune.conversations import response_only_prefix, show
@@ -40,7 +41,7 @@ from pact_tune.reference.source import ReferenceSource
 from pact_tune.run_lock import claim_output
 from pact_tune.run_state import capture, load_state, restore, save_state
 from pact_tune.schedule import Schedule
-from pact_tune.signals import Interrupted, StopRequest
+from pact_tune.signals import StopRequest
 from pact_tune.stamp import data_fingerprint
 from pact_tune.torchtune.backbone import device_and_dtype
 from pact_tune.torchtune.config import read_command_line
@@ -69,6 +70,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.global_step = 0
         self.final: dict[str, float] = {}  # what was logged last
         self.validation: dict[str, float] = {}  # loss on the validation rows after each epoch
+        self.analysis: Analysis | None = None
         self.metric_logger = None
 
     # Set-up ----------------------------------------------------------------------------------------------------------
@@ -102,6 +104,11 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.setup_reference(cfg.reference_cache)
         if state and not self.backbone.has_adapters:  # only now: the reference is the model before the first step
             self.backbone.restore(state["trained"])
+        if cfg.analysis is not None:
+            self.analysis = Analysis(
+                cfg.analysis, self.backbone.context(self.tokenizer), self.decoder, self.dataset, self.schedule.used,
+                self.objective, self.loss, self.reference, self.output_dir if self.rank == 0 else None,
+            )  # fmt: skip
         self._start_interval()
 
     def _setup_rows(self) -> None:
@@ -137,13 +144,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             max_steps_per_epoch=cfg.max_steps_per_epoch,
             stream=stream,
         )
-        in_a_row = cfg.batch_size if cfg.packed else 1
-        longest = sum(sorted(self.schedule.lengths, reverse=True)[:in_a_row])
-        if longest > self.backbone.max_seq_len:
-            raise UserError(
-                f"The longest row{'s that may be packed have' if cfg.packed else ' has'} {longest} tokens, and the model "
-                f"takes {self.backbone.max_seq_len}: set dataset.max_seq_len to leave longer ones out."
-            )
+        self.schedule.check_lengths(self.backbone.max_seq_len, cfg.packed)
 
     def _setup_optimizer(self, state: dict[str, Any] | None) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
@@ -198,12 +199,14 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             UserError: a loss that is not finite.
             Interrupted: after SIGINT or SIGTERM, with the state saved.
         """
-        cfg, per_epoch = self.cfg, self.schedule.steps_per_epoch
+        cfg, per_epoch, total = self.cfg, self.schedule.steps_per_epoch, self.schedule.total_steps
         self.metric_logger = config.instantiate(cfg.metric_logger) if self.rank == 0 else None
+        if self.analysis is not None and self.global_step == 0:
+            self.analysis.look(0, 0)
         with StopRequest() as stop:
             if (missing := self._missing(self.global_step)) is not None:
                 self.save_checkpoint(missing)
-            while self.global_step < self.schedule.total_steps:
+            while self.global_step < total:
                 epoch, done = divmod(self.global_step, per_epoch)
                 self._start_interval()
                 with progress(
@@ -217,13 +220,14 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                         bar.update(1)
                         if cfg.save_every_n_steps and self.global_step % cfg.save_every_n_steps == 0 and not last:
                             self._save_state()
-                        if not last and (signum := stop.agreed()):
-                            self._save_state()
-                            raise Interrupted(signum, self.global_step, self.schedule.total_steps)
+                        if not last:
+                            stop.check(self.global_step, total, self._save_state)
                 self._validate(epoch)
+                if self.analysis is not None:
+                    self.analysis.look(self.global_step, epoch + 1)
                 self.save_checkpoint(epoch)
-                if self.global_step < self.schedule.total_steps and (signum := stop.agreed()):
-                    raise Interrupted(signum, self.global_step, self.schedule.total_steps)
+                if self.global_step < total:
+                    stop.check(self.global_step, total)
         logger.info(f"Done: the result is {self.output_dir / f'epoch_{cfg.epochs - 1}'}")
         if self.validation:
             best = min(self.validation, key=lambda name: self.validation[name])

@@ -16,11 +16,11 @@ from pact_tune.objectives.controller import Budget
 from pact_tune.objectives.sft import sft
 from pact_tune.objectives.tokens import TokenSource
 from pact_tune.reference.readings import Columns, Reading, Vocabulary
+from pact_tune.scoring import POSITION_RANGES
 
 # Beyond the response position where the mixing weight of Eq. 8 has fallen to this, the response-only view is left out.
 NEGLIGIBLE_GATE = 1e-3
 KLBudget = Annotated[Number, Field(gt=0, le=100)]
-MASS_RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 
 
 def _config(
@@ -127,14 +127,14 @@ def report_mass(samples: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[st
     Returns:
         list[str]: lines for the log.
     """
-    total, count = torch.zeros(len(MASS_RANGES)), torch.zeros(len(MASS_RANGES))
+    total, count = torch.zeros(len(POSITION_RANGES)), torch.zeros(len(POSITION_RANGES))
     for full, position in samples:
         mass = 1 - full.softmax(-1)[:, -1]
-        for i, (start, end) in enumerate(MASS_RANGES.values()):
+        for i, (start, end) in enumerate(POSITION_RANGES.values()):
             inside = (position >= start) & (position < (end or torch.inf))
             total[i] += mass[inside].sum()
             count[i] += inside.sum()
-    shares = dict(zip(MASS_RANGES, (total / count.clamp(min=1)).tolist(), strict=True))
+    shares = dict(zip(POSITION_RANGES, (total / count.clamp(min=1)).tolist(), strict=True))
     text = ", ".join(f"{name}: {share:.3f}" for name, share in shares.items())
     lines = [f"Reference's mean probability mass on the safety tokens, by response position: {text}"]
     if shares["0"] > 0.5:

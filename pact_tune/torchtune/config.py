@@ -14,7 +14,16 @@ import pact_tune.configs
 import pact_tune.demo
 from pact_tune.backbones import TRANSFORMERS
 from pact_tune.components import find_component
-from pact_tune.config import RecipeSettings, ReferenceCacheSettings, Section, check, defaults, refuse, signature_of
+from pact_tune.config import (
+    AnalysisSettings,
+    RecipeSettings,
+    ReferenceCacheSettings,
+    Section,
+    check,
+    defaults,
+    refuse,
+    signature_of,
+)
 from pact_tune.errors import UserError, unknown_key
 
 CONFIG_ROOT = Path(pact_tune.configs.__file__).parent
@@ -314,6 +323,8 @@ def complete(cfg: DictConfig) -> DictConfig:
     values = defaults(RecipeSettings) | values
     if values["reference_cache"] is not None:
         values["reference_cache"] = defaults(ReferenceCacheSettings) | values["reference_cache"]
+    if values["analysis"] is not None:
+        values["analysis"] = defaults(AnalysisSettings) | values["analysis"]
     refuse(contradictions(values))
     return OmegaConf.create(values)
 
