@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pact_lora_finetune
@@ -44,6 +45,7 @@ from pact_tune.losses import PACTConfig
 from pact_tune.objectives import Context, Objective, sft
 from pact_tune.reference.source import ReferenceSource
 from pact_tune.safety_tokens import SafetyTokens
+from pact_tune.torchtune.checkpoint import Names
 from pact_tune.torchtune.config import complete
 from pact_tune.version import __version__
 
@@ -129,6 +131,9 @@ class RandomCheckpointer:
     """
 
     weights_hash = "random"
+    names = Names("qwen2")
+    network = SimpleNamespace(interleave=lambda module, tensor: tensor)
+    folder = SimpleNamespace(files=[])
 
     def __init__(self, model: dict, vocab_size: int, device: str) -> None:
         self.model, self.vocab_size, self.device = model, vocab_size, device
@@ -146,8 +151,12 @@ class RandomCheckpointer:
                     weights[name].normal_(0, 0.02, generator=generator)
         return weights
 
-    def check(self, model: Any, weights: dict[str, torch.Tensor]) -> None:
+    def check(self, model: Any) -> None:
         """Nothing to check."""
+
+    def start(self, fresh: dict[str, torch.Tensor], spec: Any) -> dict[str, torch.Tensor]:
+        """The adapter that the seed gives."""
+        return fresh
 
 
 def make_config(
