@@ -117,10 +117,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         self.dataset = config.instantiate(cfg.dataset, self.tokenizer)
         for counts in self.dataset.counts:
             logger.info(f"Data: {counts}")
-        logger.info(
-            f"One row as it is trained on, the response marked:\n{show(self.tokenizer, self.dataset.conversations[0])}"
-        )
         main, stream = self.dataset.conversations, self.objective.stream
+        logger.info(f"One row as it is trained on, the response marked:\n{show(self.tokenizer, main[0])}")
         held_out = []
         if cfg.validation_dataset is not None:
             validation = config.instantiate(cfg.validation_dataset, self.tokenizer)
@@ -229,9 +227,6 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
                 if self.global_step < total:
                     stop.check(self.global_step, total)
         logger.info(f"Done: the result is {self.output_dir / f'epoch_{cfg.epochs - 1}'}")
-        if self.validation:
-            best = min(self.validation, key=lambda name: self.validation[name])
-            logger.info(f"Lowest validation loss: {best} ({self.validation[best]:.4f})")
 
     def _missing(self, step: int) -> int | None:
         """The epoch that ended with a step and whose result was not written, as on a full disk."""
@@ -293,7 +288,9 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         means = self._means_of(rows, terms)
         means["loss"] = self.objective.total(means)
         self.validation[f"epoch_{epoch}"] = means["loss"]
-        logger.info("Validation: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+        best = min(self.validation, key=lambda name: self.validation[name])
+        values = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
+        logger.info(f"Validation: {values}; the lowest loss so far has {best}")
         if self.metric_logger is not None:
             self.metric_logger.log_dict({f"validation_{k}": v for k, v in means.items()}, step=self.global_step)
 
@@ -335,7 +332,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """State of the run to resume; see :func:`pact_tune.run_state.load_state`."""
+        """State of the run to resume."""
         return load_state(self.output_dir, self._identity())
 
     def _identity(self) -> dict[str, Any]:
