@@ -1,1 +1,6 @@
 """Campaigns: many faults at a time, each counted as right, traceback or silent. `make campaign` runs them all."""
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).parent.parent))  # the tests' helpers are modules of their folder, as for pytest
