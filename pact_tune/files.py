@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, readable by whoever the umask lets, and never in place of others'.
 
-What is being written lies aside, in the same folder, under ``.NAME.<16 hexadecimal digits>.pact.partial``. A process that is
-killed leaves that behind, and nothing else: :func:`remove_partial` removes exactly such names.
+What is being written lies aside, in the same folder, under ``.NAME.<16 hexadecimal digits>.pact.partial``, locked while its
+writer lives. A process that is killed leaves that behind, and nothing else: who writes the same name next removes it, and
+:func:`remove_partial` all of a folder; both by exactly such names.
 
 A folder cannot be renamed over a full one. Where the system can exchange two names (Linux's renameat2 with
 RENAME_EXCHANGE), the old and the new folder are exchanged and readers see either the one or the other. Elsewhere (macOS, some
@@ -13,13 +14,15 @@ old one back.
 import contextlib
 import ctypes
 import errno
+import fcntl
 import fnmatch
+import glob
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from pact_tune.errors import UserError, printable
@@ -53,20 +56,13 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise UserError(f"'{path}' is a folder, and a file is to be written there: choose another name.")
-    aside = _aside(path, PARTIAL)
-    try:
-        with _explained(path, aside):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            mode = stat.S_IMODE(aside.stat().st_mode)  # what the umask, or the folder's default ACL, allows
-            yield aside
-            os.chmod(aside, mode)  # safetensors and mkstemp make files that only their owner may read
-            _fsync(aside)
-            os.replace(aside, path)
-            _fsync(path.parent)
-    finally:
-        with contextlib.suppress(OSError):  # the folder that it would lie in may be none
-            aside.unlink()
+    with _begun(path, _touch) as aside, _explained(path, aside):
+        mode = stat.S_IMODE(aside.stat().st_mode)  # what the umask, or the folder's default ACL, allows
+        yield aside
+        os.chmod(aside, mode)  # safetensors and mkstemp make files that only their owner may read
+        _fsync(aside)
+        os.replace(aside, path)
+        _fsync(path.parent)
 
 
 @contextlib.contextmanager
@@ -92,22 +88,16 @@ def atomic_folder(
     path = Path(os.path.realpath(path))
     recover(path)
     check_replaceable(path, marker, names)
-    aside = _aside(path, PARTIAL)
-    try:
-        with _explained(path, aside):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside.mkdir()
-            mode = stat.S_IMODE(aside.stat().st_mode)
-            yield aside
-            for entry in [aside, *aside.rglob("*")]:
-                if not entry.is_symlink():
-                    os.chmod(entry, mode if entry.is_dir() else mode & 0o666)
-                    _fsync(entry)
-            check_replaceable(path, marker, names)  # again: writing may have taken hours
-            _put(aside, path)
-            _fsync(path.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)  # half of the new one, or the old one
+    with _begun(path, Path.mkdir) as aside, _explained(path, aside):
+        mode = stat.S_IMODE(aside.stat().st_mode)
+        yield aside
+        for entry in [aside, *aside.rglob("*")]:
+            if not entry.is_symlink():
+                os.chmod(entry, mode if entry.is_dir() else mode & 0o666)
+                _fsync(entry)
+        check_replaceable(path, marker, names)  # again: writing may have taken hours
+        _put(aside, path)  # what is aside now is the old one
+        _fsync(path.parent)
 
 
 def check_replaceable(path: str | os.PathLike, marker: str | None, names: Collection[str] = ("*",)) -> None:
@@ -237,6 +227,63 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+@contextlib.contextmanager
+def _begun(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Makes the file or folder aside in which ``path`` is written, locks it, and removes in the end what lies there then."""
+    with _explained(path, _aside(path, PARTIAL)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in leftovers(path.parent, [glob.escape(path.name)], kinds=(PARTIAL,)):
+            _remove_if_left(left)
+        aside, handle = _made(path, make)
+    try:
+        yield aside
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            _remove(aside)
+
+
+def _touch(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _made(path: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
+    """A new file or folder aside, locked; another process that took it for a leftover may have removed it before."""
+    while True:
+        aside = _aside(path, PARTIAL)
+        make(aside)
+        handle = None
+        try:
+            handle = os.open(aside, os.O_RDONLY)
+            _lock(handle)
+            if os.path.samestat(os.fstat(handle), aside.stat()):
+                return aside, handle
+        except (FileNotFoundError, BlockingIOError):
+            pass
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_if_left(aside: Path) -> None:
+    """Removes what a process that was killed was writing; not what one that lives is writing."""
+    with contextlib.suppress(OSError):  # it is gone meanwhile, its writer lives, or there are no locks to tell
+        handle = os.open(aside, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(aside)
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks, on which nobody removes what others have left
+        pass
+
+
 def _written_name(aside: Path) -> str:
     match = _ASIDE.fullmatch(aside.name)
     assert match is not None
@@ -309,7 +356,8 @@ def _explained(path: Path, aside: Path) -> Iterator[None]:
                 f"There is no space left for '{path}': {size(_written(aside))} were written and {size(free_bytes(path))} "
                 "are free; free some space, or choose another place."
             ) from error
-        if not (where.is_relative_to(aside) or path.is_relative_to(where)):
+        being_made = where.parent == path.parent and where.name.startswith(f".{path.name}.")
+        if not (being_made or where.is_relative_to(aside) or path.is_relative_to(where)):
             raise  # about something that was read, say
         if code in (errno.EEXIST, errno.ENOTDIR):
             raise UserError(f"'{path}' cannot be written: '{where}' is no folder; choose another place.") from error

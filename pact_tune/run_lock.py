@@ -30,12 +30,13 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     On several processes rank 0 holds it for all.
 
     Args:
-        folder (str | os.PathLike): made where it does not exist.
+        folder (str | os.PathLike): made where it does not exist, and removed if nothing is written there.
 
     Raises:
         UserError: another process holds it; names its pid and host.
     """
     folder = Path(folder)
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _locked(folder / LOCK_FILE)
@@ -49,6 +50,9 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)  # while it is held, so that nobody holds a file without a name
         os.close(handle)
+        if new:
+            with contextlib.suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Files and folders: whole or not at all, also after kills; others' are left alone; full and closed disks; locks."""
 
 import errno
+import multiprocessing
 import os
 import random
 import signal
@@ -325,3 +326,41 @@ def test_results_of_another_run_are_refused_or_overwritten(tmp_path):
     (tmp_path / "epoch_notes").rename(tmp_path / "notes")
     claim_results(tmp_path, "epoch_*", STAMP_FILE, overwrite=True)
     assert os.listdir(tmp_path) == ["notes"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_who_writes_next_removes_what_a_killed_writer_left_and_not_what_a_live_one_writes(tmp_path, folder):
+    ready, go_on = multiprocessing.Event(), multiprocessing.Event()
+
+    def content(path: Path) -> Path:
+        return path / "mine.json" if folder else path
+
+    def slowly() -> None:
+        opened = atomic_folder(tmp_path / "out[1]", "mine.json") if folder else atomic_file(tmp_path / "out[1]")
+        with opened as aside:
+            content(aside).write_text("slow")
+            ready.set()
+            go_on.wait(60)
+
+    def quickly() -> None:
+        opened = atomic_folder(tmp_path / "out[1]", "mine.json") if folder else atomic_file(tmp_path / "out[1]")
+        with opened as aside:
+            content(aside).write_text("quick")
+
+    slow = multiprocessing.get_context("fork").Process(target=slowly)
+    slow.start()
+    assert ready.wait(60)
+    quickly()
+    assert len(leftovers(tmp_path)) == 1  # the slow one is alive
+    go_on.set()
+    slow.join()
+    assert slow.exitcode == 0 and content(tmp_path / "out[1]").read_text() == "slow"
+    ready.clear(), go_on.clear()
+    killed = multiprocessing.get_context("fork").Process(target=slowly)
+    killed.start()
+    assert ready.wait(60)
+    killed.kill()
+    killed.join()
+    assert len(leftovers(tmp_path)) == 1
+    quickly()
+    assert os.listdir(tmp_path) == ["out[1]"] and content(tmp_path / "out[1]").read_text() == "quick"

@@ -60,16 +60,16 @@ class Command:
     Args:
         argv (Sequence[str]): such as ["pact", "verify", "outputs/run/epoch_0"], or ["tune", "run", ...].
         log (Path): a file for what it says.
-        **environment (str): variables to set.
+        prepare (Callable[[], object]): is called in the new process first.
     """
 
-    def __init__(self, argv: Sequence[str], log: Path, **environment: str) -> None:
+    def __init__(self, argv: Sequence[str], log: Path, prepare: Callable[[], object] = lambda: None) -> None:
         self.log, self.started, self.code = log, time.monotonic(), None
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            _become(list(map(str, argv)), log, environment)
+            _become(list(map(str, argv)), log, prepare)
 
     def running(self) -> bool:
         """Whether it has not ended."""
@@ -98,9 +98,9 @@ class Command:
         return False
 
 
-def run(argv: Sequence[str], log: Path, **environment: str) -> Done:
+def run(argv: Sequence[str], log: Path, prepare: Callable[[], object] = lambda: None) -> Done:
     """A command from its start to its end."""
-    return Command(argv, log, **environment).wait()
+    return Command(argv, log, prepare).wait()
 
 
 def train(config: Path, *overrides: str) -> list[str]:
@@ -108,7 +108,7 @@ def train(config: Path, *overrides: str) -> list[str]:
     return ["tune", "run", "pact_lora_finetune", "--config", str(config), *map(str, overrides)]
 
 
-def _become(argv: list[str], log: Path, environment: dict[str, str]) -> None:
+def _become(argv: list[str], log: Path, prepare: Callable[[], object]) -> None:
     """The child's part; never returns."""
     code: int | str | None = 1
     try:
@@ -117,7 +117,7 @@ def _become(argv: list[str], log: Path, environment: dict[str, str]) -> None:
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        os.environ.update(environment)
+        prepare()
         code = _call(argv)
     except SystemExit as end:
         code = end.code
