@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 campaign: .venv/installed
-	$(BIN)/python -m tests.campaign.bad_configs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaign
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.step

@@ -1,8 +1,8 @@
 """Files and folders that appear whole or not at all, readable by whoever the umask lets, and never in place of others'.
 
-What is being written lies aside, in the same folder, under ``.NAME.<16 hexadecimal digits>.pact.partial``, locked while its
-writer lives. A process that is killed leaves that behind, and nothing else: who writes the same name next removes it, and
-:func:`remove_partial` all of a folder; both by exactly such names.
+What is being written lies aside, in the same folder, under ``.NAME.<16 hexadecimal digits>.pact.partial``, a folder locked
+while its writer lives. A process that is killed leaves that behind, and nothing else: who writes a folder of the same name next
+removes it, and :func:`remove_partial` files and folders; both by exactly such names.
 
 A folder cannot be renamed over a full one. Where the system can exchange two names (Linux's renameat2 with
 RENAME_EXCHANGE), the old and the new folder are exchanged and readers see either the one or the other. Elsewhere (macOS, some
@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from pact_tune.errors import UserError, printable
@@ -56,13 +56,20 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(os.path.realpath(path))
     if path.is_dir():
         raise UserError(f"'{path}' is a folder, and a file is to be written there: choose another name.")
-    with _begun(path, _touch) as aside, _explained(path, aside):
-        mode = stat.S_IMODE(aside.stat().st_mode)  # what the umask, or the folder's default ACL, allows
-        yield aside
-        os.chmod(aside, mode)  # safetensors and mkstemp make files that only their owner may read
-        _fsync(aside)
-        os.replace(aside, path)
-        _fsync(path.parent)
+    aside = _aside(path, PARTIAL)
+    try:
+        with _explained(path, aside):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            mode = stat.S_IMODE(aside.stat().st_mode)  # what the umask, or the folder's default ACL, allows
+            yield aside
+            os.chmod(aside, mode)  # safetensors and mkstemp make files that only their owner may read
+            _fsync(aside)
+            os.replace(aside, path)
+            _fsync(path.parent)
+    finally:
+        with contextlib.suppress(OSError):  # the folder that it would lie in may be none
+            aside.unlink()
 
 
 @contextlib.contextmanager
@@ -88,7 +95,7 @@ def atomic_folder(
     path = Path(os.path.realpath(path))
     recover(path)
     check_replaceable(path, marker, names)
-    with _begun(path, Path.mkdir) as aside, _explained(path, aside):
+    with _begun(path) as aside, _explained(path, aside):
         mode = stat.S_IMODE(aside.stat().st_mode)
         yield aside
         for entry in [aside, *aside.rglob("*")]:
@@ -228,30 +235,28 @@ def remove_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _begun(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
-    """Makes the file or folder aside in which ``path`` is written, locks it, and removes in the end what lies there then."""
+def _begun(path: Path) -> Iterator[Path]:
+    """Makes the folder aside in which ``path`` is filled, locks it, and removes in the end what lies there then.
+
+    Files have no such lock: libraries replace the file that they are given by another.
+    """
     with _explained(path, _aside(path, PARTIAL)):
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in leftovers(path.parent, [glob.escape(path.name)], kinds=(PARTIAL,)):
             _remove_if_left(left)
-        aside, handle = _made(path, make)
+        aside, handle = _made(path)
     try:
         yield aside
     finally:
         os.close(handle)
-        with contextlib.suppress(OSError):
-            _remove(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # half of the new one, or the old one
 
 
-def _touch(path: Path) -> None:
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-
-
-def _made(path: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
-    """A new file or folder aside, locked; another process that took it for a leftover may have removed it before."""
+def _made(path: Path) -> tuple[Path, int]:
+    """A new folder aside, locked; another process that took it for a leftover may have removed it before."""
     while True:
         aside = _aside(path, PARTIAL)
-        make(aside)
+        aside.mkdir()
         handle = None
         try:
             handle = os.open(aside, os.O_RDONLY)
@@ -265,12 +270,12 @@ def _made(path: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
 
 
 def _remove_if_left(aside: Path) -> None:
-    """Removes what a process that was killed was writing; not what one that lives is writing."""
-    with contextlib.suppress(OSError):  # it is gone meanwhile, its writer lives, or there are no locks to tell
-        handle = os.open(aside, os.O_RDONLY)
+    """Removes a folder that a process that was killed was filling; not what one that lives is filling."""
+    with contextlib.suppress(OSError):  # a file, or gone meanwhile, its writer lives, or there are no locks to tell
+        handle = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(aside)
+            shutil.rmtree(aside, ignore_errors=True)
         finally:
             os.close(handle)
 

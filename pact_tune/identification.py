@@ -586,7 +586,9 @@ def check_work_dir(work_dir: str | Path) -> None:
 def remove_work_dir(work_dir: str | Path) -> None:
     """Deletes the files of a work folder of :func:`identify_safety_tokens`, and the folder when nothing else is in it."""
     remove_partial(work_dir, WORK_FILES)
-    for pattern in WORK_FILES:
+    for pattern in reversed(
+        WORK_FILES
+    ):  # the one that says whose it is goes last, so that a kill leaves a folder of ours
         for file in Path(work_dir).glob(pattern):
             file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):

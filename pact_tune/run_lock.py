@@ -99,9 +99,10 @@ def _locked(file: Path) -> int:
         if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
             break
         os.close(handle)
-    os.ftruncate(handle, 0)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}).encode())
+    with contextlib.suppress(OSError):  # a full disk; what needs room says how much
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "started": started}).encode())
     return handle
 
 

@@ -1,5 +1,10 @@
 """A small sample of the campaigns of tests/campaign, which `make campaign` runs whole."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.campaign.bad_configs import Input, inputs, judge, judge_run
@@ -29,3 +34,29 @@ def test_the_judge_sees_what_is_silent_and_what_says_nothing(tmp_path):
         == "silent"
     )
     assert judge(Input(good.config, "nothing", "zero", "nothing", good.content), tmp_path).verdict == "traceback"
+
+
+def test_kills_damaged_files_full_disks_and_company():
+    """In a process of its own: it forks, and must not have trained before."""
+    command = [sys.executable, "-m", "tests.campaign", "--small"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("| all |") == 3
+
+
+def test_the_judge_of_damage_sees_what_is_taken_and_what_is_a_traceback(tmp_path):
+    code = """
+from tests.campaign.damage import KINDS, judge
+from tests.campaign.processes import Done
+covered, row = (next(kind for kind in KINDS if kind.name == name) for name in ("pact.json", "rows.jsonl"))
+sentence = "pact: the file is damaged: take it from where it was made."
+for kind, code, said, verdict in (
+    (covered, 0, "", "silent"), (row, 0, "", "right"), (covered, 1, sentence, "right"), (covered, -11, "", "traceback"),
+    (covered, 1, "Traceback (most recent call last)", "traceback"), (covered, 1, "no", "traceback"),
+    (covered, 1, sentence + chr(10) + "more", "traceback"),
+):
+    assert judge(kind, None, "bit 0 of byte 1 flipped", Done(code, said, 1.0), b"12", b"13") == verdict, (kind, said)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

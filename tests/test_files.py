@@ -328,39 +328,30 @@ def test_results_of_another_run_are_refused_or_overwritten(tmp_path):
     assert os.listdir(tmp_path) == ["notes"]
 
 
-@pytest.mark.parametrize("folder", [False, True])
-def test_who_writes_next_removes_what_a_killed_writer_left_and_not_what_a_live_one_writes(tmp_path, folder):
+def test_who_writes_next_removes_what_a_killed_writer_left_and_not_what_a_live_one_writes(tmp_path):
     ready, go_on = multiprocessing.Event(), multiprocessing.Event()
 
-    def content(path: Path) -> Path:
-        return path / "mine.json" if folder else path
+    def fill(text: str, wait: bool) -> None:
+        with atomic_folder(tmp_path / "out[1]", "mine.json") as aside:
+            (aside / "mine.json").write_text(text)
+            if wait:
+                ready.set()
+                go_on.wait(60)
 
-    def slowly() -> None:
-        opened = atomic_folder(tmp_path / "out[1]", "mine.json") if folder else atomic_file(tmp_path / "out[1]")
-        with opened as aside:
-            content(aside).write_text("slow")
-            ready.set()
-            go_on.wait(60)
-
-    def quickly() -> None:
-        opened = atomic_folder(tmp_path / "out[1]", "mine.json") if folder else atomic_file(tmp_path / "out[1]")
-        with opened as aside:
-            content(aside).write_text("quick")
-
-    slow = multiprocessing.get_context("fork").Process(target=slowly)
+    slow = multiprocessing.get_context("fork").Process(target=fill, args=("slow", True))
     slow.start()
     assert ready.wait(60)
-    quickly()
+    fill("quick", False)
     assert len(leftovers(tmp_path)) == 1  # the slow one is alive
     go_on.set()
     slow.join()
-    assert slow.exitcode == 0 and content(tmp_path / "out[1]").read_text() == "slow"
+    assert slow.exitcode == 0 and (tmp_path / "out[1]" / "mine.json").read_text() == "slow"
     ready.clear(), go_on.clear()
-    killed = multiprocessing.get_context("fork").Process(target=slowly)
+    killed = multiprocessing.get_context("fork").Process(target=fill, args=("slow", True))
     killed.start()
     assert ready.wait(60)
     killed.kill()
     killed.join()
     assert len(leftovers(tmp_path)) == 1
-    quickly()
-    assert os.listdir(tmp_path) == ["out[1]"] and content(tmp_path / "out[1]").read_text() == "quick"
+    fill("quick", False)
+    assert os.listdir(tmp_path) == ["out[1]"] and (tmp_path / "out[1]" / "mine.json").read_text() == "quick"

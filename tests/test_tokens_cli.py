@@ -100,6 +100,25 @@ def test_a_finished_work_folder_loses_its_own_files_only(tmp_path):
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
+def test_a_removal_that_is_killed_leaves_a_work_folder_that_is_known_as_ours(tmp_path, monkeypatch):
+    from pact_tune.identification import check_work_dir, remove_work_dir
+
+    names = ["settings.json", "responses-harmful-00001.json", "sums-harmful-base-0-of-1.safetensors"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    removed = []
+
+    def unlink(path, missing_ok=False):
+        os.unlink(path)
+        removed.append(path.name)
+        if len(removed) < 3:
+            check_work_dir(tmp_path)  # as the command does that goes on after a kill
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    remove_work_dir(tmp_path)
+    assert sorted(removed) == sorted(names)
+
+
 def test_show_plots_and_covers(here, tmp_path, capsys):
     assert cli.main(["tokens", "show", f"{here}/s", "--plot", f"{tmp_path}/s.png"]) == 0
     tokens, out = SafetyTokens.load(here / "s"), capsys.readouterr().out

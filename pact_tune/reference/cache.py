@@ -19,7 +19,6 @@ import fnmatch
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from safetensors.torch import save_file
 from pact_tune.batching import batches_by_length
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
-from pact_tune.files import atomic_file
+from pact_tune.files import atomic_file, remove_folder, remove_partial
 from pact_tune.fingerprints import fingerprint
 from pact_tune.log import EVERY_RANK, logger
 
@@ -372,13 +371,15 @@ def prune(root: Path, max_gb: float | None = None, older_than_days: float | None
         list[str]: the names of the removed references.
     """
     removed = []
+    remove_partial(root)  # of references whose removal was killed
     found = summaries(root)
     size = sum(summary.bytes for summary in found)
     for summary in reversed(found):
         too_old = older_than_days is not None and time.time() - summary.last_used > older_than_days * 86_400
         too_much = max_gb is not None and size > max_gb * GB
         if summary.name != keep and (too_old or too_much):
-            shutil.rmtree(root / summary.name, ignore_errors=True)  # another process may be removing it, too
+            with contextlib.suppress(FileNotFoundError):  # another process is removing it, too
+                remove_folder(root / summary.name)
             removed.append(summary.name)
             size -= summary.bytes
     return removed
