@@ -12,7 +12,8 @@ from pathlib import Path
 from tests.campaign import bad_configs, damage, disks, kills
 from tests.campaign.processes import Tally
 
-SMALL = ("pact.json", "recipe_state.pt", "cache shard", "tokenizer.json")  # kinds of files
+SMALL_FILES = ("pact.json", "recipe_state.pt", "cache shard")
+SMALL_KILLS = (kills.Saving, kills.Publishing)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,12 +23,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of places and moments")
     args = parser.parse_args(argv)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    kinds = tuple(kind for kind in damage.KINDS if not args.small or kind.name in SMALL)
+    kinds = tuple(kind for kind in damage.KINDS if not args.small or kind.name in SMALL_FILES)
     tallies: list[Tally] = []
     for campaign in (
-        lambda folder: kills.campaign(folder, 1 if args.small else 20, args.seed),
-        lambda folder: damage.campaign(folder, 3 if args.small else 15, args.seed, kinds),
-        lambda folder: disks.campaign(folder, 1 if args.small else 10, args.seed),
+        lambda folder: kills.campaign(
+            folder, 1 if args.small else 20, args.seed, SMALL_KILLS if args.small else kills.KINDS
+        ),
+        lambda folder: damage.campaign(folder, 2 if args.small else 15, args.seed, kinds),
+        lambda folder: disks.campaign(folder, 1 if args.small else 10, args.seed, not args.small),
     ):
         with tempfile.TemporaryDirectory() as name:
             tallies.append(campaign(Path(name)))

@@ -196,21 +196,23 @@ def _small_shards() -> None:
     cache.SHARD_TOKENS = 60
 
 
-def campaign(folder: Path, times: int, seed: int = 0) -> Tally:
+def campaign(folder: Path, times: int, seed: int = 0, commands: bool = True) -> Tally:
     """Tries all cases.
 
     Args:
         folder (Path): empty; everything is written there.
         times (int): that those with chance in them are tried.
         seed (int): of moments and sizes.
+        commands (bool): try every command that writes on full and read-only disks, too.
 
     Returns:
         Tally: of the commands.
     """
     cases = Disks(folder, seed)
     if may_mount(folder):
-        cases.full_at_the_start()
-        cases.read_only_cache()
+        if commands:
+            cases.full_at_the_start()
+            cases.read_only_cache()
         for _ in range(times):
             cases.full_during_a_run()
             cases.full_during_a_fill()

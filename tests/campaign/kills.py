@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import hub_server
@@ -282,13 +283,17 @@ def attempt(work: Work, whole: dict[str, bytes], seconds: float, rng: random.Ran
         tally.add(kind, verdict, work.name, said)
 
 
-def campaign(folder: Path, kills: int, seed: int = 0) -> Tally:
+KINDS = (Training, Saving, Filling, Computing, Merging, Publishing, Downloading)
+
+
+def campaign(folder: Path, kills: int, seed: int = 0, kinds: Sequence[type[Work]] = KINDS) -> Tally:
     """Kills every kind of work.
 
     Args:
         folder (Path): empty; everything is written there.
         kills (int): about how many a kind.
         seed (int): of the moments.
+        kinds (Sequence[type[Work]]): which, in this order; merging takes what training has made.
 
     Returns:
         Tally: of the kills.
@@ -297,7 +302,7 @@ def campaign(folder: Path, kills: int, seed: int = 0) -> Tally:
     tiny_model(folder / "base", seed=7)
     tally = Tally("kills")
     with hub_server.serve() as hub:
-        for kind in (Training, Saving, Filling, Computing, Merging, Publishing, Downloading):
+        for kind in kinds:
             more = (hub,) if issubclass(kind, Publishing) else ()
             first = kind(folder, "whole", *more)
             done = _whole(first)
