@@ -53,7 +53,7 @@ def checkpoint_folder(name: str) -> Path:
     if (Path(name) / "config.json").is_file():
         return Path(name)
     try:
-        file = cached_file(name, "config.json", local_files_only=True)
+        file: Any = cached_file(name, "config.json", local_files_only=True)
     except OSError as error:
         raise UserError(
             f"The model's checkpoint '{name}' is not on this machine, so that its reference could not be told from another "
@@ -302,6 +302,7 @@ class Constraint:
             scale = 1.0 / torch.as_tensor(items).clamp(min=1)
             if trainer.args.average_tokens_across_devices:  # counted on all processes, whose gradients are averaged
                 scale = scale * trainer.accelerator.num_processes
+        assert trainer.model is not None  # only a trainer that makes its model anew for a search has none
         return self.loss(model, rows, batch, scale, "train" if trainer.model.training else "eval")
 
     def add_to(self, logs: dict[str, float], training: bool) -> None:

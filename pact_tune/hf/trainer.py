@@ -93,14 +93,17 @@ class PACTTrainer(SFTTrainer):
             peft_config=peft_config,
             **more,
         )
+        # What transformers annotates these with also holds for its command line, where they may be text or nothing.
+        settings: Any = args
+        trained: Any = self.model
         self.constraint = Constraint(
-            args.objective,
+            settings.objective,
             "objective",
-            self.model,
+            trained,
             tokenizer,
             [train, *([] if held_out is None else [held_out])],
-            args.reference_cache,
-            args.reference == "initial",
+            settings.reference_cache,
+            settings.reference == "initial",
         )
         self.data_collator = self._collate
         self.model_accepts_loss_kwargs = True  # our loss is divided by the tokens of the whole step
@@ -121,12 +124,13 @@ class PACTTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the objective's terms."""
+        assert self.model is not None
         self.constraint.add_to(logs, self.model.training)
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self._stamp(Path(output_dir or self.args.output_dir))
+        self._stamp(Path(output_dir or str(self.args.output_dir)))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
