@@ -90,7 +90,8 @@ class Analysis:
         for prompt in self.prompts:
             batch = collate([prompt], self.decoder.pad_id).to(self.decoder.device)
             read = self.decoder.run(
-                batch, lambda hidden, head, labels=batch.labels: self.columns.of_student(hidden, head, labels)[1]
+                batch,
+                lambda hidden, head, labels=batch.labels: self.columns.of_student(hidden, head, labels)[1],  # type: ignore[misc]  # a default
             )
             for t, columns in zip(batch.position.tolist(), read, strict=True):
                 if t < POSITIONS:

@@ -238,7 +238,7 @@ def chat_rows(
     conversations, counts = reader.take_from(numbered, _Source(title, columns=columns), None)
     if not conversations:
         raise UserError(f"No row can be trained on: {counts}.")
-    return ChatDataset(conversations, [counts])
+    return ChatDataset(conversations, [counts], [0] * len(conversations))
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,7 @@ def lay_over(cfg: DictConfig, overlay: DictConfig, method: str, loss: DictConfig
         old = cfg.get(name)
         if component and OmegaConf.is_dict(old) and old.get("_component_") != component:
             kept = _of_the_model(old, component) if name == "loss" else {}
-            if name == "loss" and OmegaConf.is_dict(loss):
+            if name == "loss" and isinstance(loss, DictConfig):
                 kept = _of_the_model(loss, component) | kept
             cfg[name] = OmegaConf.create(kept)
     output = cfg.get("output_dir")

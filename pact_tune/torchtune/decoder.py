@@ -83,7 +83,8 @@ class TorchtuneDecoder(Decoder):
         return x + layer.mlp_scale(layer.mlp(layer.mlp_norm(x)))
 
     def _unembed(self, hidden: torch.Tensor) -> Any:
-        return self._read(self.model.norm(hidden)[0], self.head)
+        network: Any = self.model
+        return self._read(network.norm(hidden)[0], self.head)
 
     def run(self, batch: Batch, read: Callable[[torch.Tensor, TrainableHead], Any]) -> Any:
         self._index, self._read = batch.index, read
