@@ -344,3 +344,22 @@ def test_shards_hold_two_bytes_a_number(recipe, tmp_path):
         positions, width = tensors["values"].shape
         assert tensors["values"].dtype == torch.float16 and width == 10
         assert tensors["values"].nbytes + tensors["maximum"].nbytes == positions * (2 * width + 4)
+
+
+def test_cold_and_warm_runs_have_the_same_bits_and_partly_filled_ones_the_same_numbers(
+    workspace, tmp_path, monkeypatch
+):
+    """As docs/performance.md says: what a cache was filled with before decides on the shapes of the batches that are left."""
+
+    def adapter(name: str, cache: str, *overrides: str) -> dict[str, torch.Tensor]:
+        where = "reference_cache=null" if cache == "none" else f"reference_cache.directory={tmp_path}/{cache}"
+        assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/{name}", where, *overrides) is None
+        return load_file(tmp_path / name / "epoch_0" / "adapter" / "adapter_model.safetensors")
+
+    cold, warm = adapter("cold", "a"), adapter("warm", "a")
+    assert all(torch.equal(cold[name], warm[name]) for name in cold)
+    adapter("some", "b", "max_steps_per_epoch=3")
+    partly = adapter("partly", "b")
+    live = adapter("live", "none")
+    for other in (partly, live):
+        assert all(torch.allclose(other[name], cold[name], atol=1e-4, rtol=1e-4) for name in cold)

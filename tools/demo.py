@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, overrides in METHODS.items():
         _headline(f"2/3  Fine-tuning: {name}")
         _run(
-            "tune", "run", "pact_lora_finetune", "--config", "demo/pact_lora", f"output_dir={runs[name]}",
+            "pact", "run", "pact_lora_finetune", "--config", "demo/pact_lora", f"output_dir={runs[name]}",
             f"dataset.source={data / 'task.jsonl'}", f"dataset.mix.source={data / 'harmful.jsonl'}",
             f"loss.safety_tokens={tokens}", f"seed={args.seed}", "overwrite=True", *overrides,
         )  # fmt: skip
