@@ -48,6 +48,43 @@ def replace_model(folder: Path, architecture: str) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
+def replace_by_gemma3(folder: Path) -> None:
+    """A Gemma 3 that sees images, too; its files name modules otherwise than transformers does."""
+    old = json.loads((folder / "config.json").read_text())
+    text = {key: old[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                                      "num_attention_heads", "num_key_value_heads", "max_position_embeddings")}  # fmt: skip
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
+    config = AutoConfig.for_model("gemma3", text_config={**text, "sliding_window": 8, "initializer_range": 0.2, "pad_token_id": 0},
+                                  vision_config={**vision, "patch_size": 14}, mm_tokens_per_image=4)  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def test_a_model_whose_files_name_modules_otherwise(tmp_path, monkeypatch, capsys):
+    config = write_hf(tmp_path, target_modules=r".*language_model.*\.(q_proj|v_proj)")
+    replace_by_gemma3(tmp_path / "model")
+    assert not any("model.language_model" in name for name in load_file(tmp_path / "model" / "model.safetensors"))
+    assert tune_run(monkeypatch, config, "optimizer.lr=3e-2", "epochs=2") is None
+    result, tokens = tmp_path / "out" / "epoch_1", torch.arange(5, 17)[None]
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        before = base(tokens).logits
+        adapted = peft.PeftModel.from_pretrained(base, result / "adapter")(input_ids=tokens).logits
+        merged = AutoModelForCausalLM.from_pretrained(result)(tokens).logits
+    torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
+    assert (merged - before).abs().max() > 1e-2
+    for folder in (result, result / "adapter"):
+        assert verify.main([str(folder), "--rows", "2"]) == 0
+    assert cli.main(["merge", str(result / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "model.safetensors").read_bytes() == (result / "model.safetensors").read_bytes()
+
+
 def adapter_of(out: Path, epoch: int = 0) -> dict[str, torch.Tensor]:
     return load_file(out / f"epoch_{epoch}" / "adapter" / "adapter_model.safetensors")
 

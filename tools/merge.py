@@ -64,6 +64,8 @@ def merge(adapter_folder: Path, base: str | None, output: Path) -> None:
         raise UserError(
             f"The weights in '{folder.directory}' are not those that the adapter was trained on: name them with --base."
         )
+    renamed = stamp.get("renamed", {})  # modules that the checkpoint's files call otherwise than the model does
+    adapter = {renamed.get(module, module): update for module, update in adapter.items()}
     check_fits(adapter, folder, str(adapter_folder))
 
     def prepare(name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -129,10 +129,12 @@ def _check_adapter(
         raise UserError(f"The adapter in '{where}' is not the one that its pact.json was written for.")
     if spec != LoRASpec(*(stamp["adapter"][name] for name in LoRASpec._fields)):
         raise UserError(f"'{where / CONFIG}' does not say the rank, alpha and kind that the adapter was trained with.")
-    check_fits(adapter, folder, str(where))
-    changed = merged(_Overlay(folder, replaced), adapter, spec)
+    renamed = stamp.get("renamed", {})  # modules that the checkpoint's files call otherwise than the model does
+    in_files = {renamed.get(module, module): update for module, update in adapter.items()}
+    check_fits(in_files, folder, str(where))
+    changed = merged(_Overlay(folder, replaced), in_files, spec)
     if not (directory / "config.json").is_file():
-        return changed
+        return {f"{m}.weight": changed[f"{renamed.get(m, m)}.weight"] for m in adapter}
     found = ModelFolder(directory, "the result")
     for name, weight in changed.items():
         if name not in found or not torch.equal(found[name], weight):

@@ -13,15 +13,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from pact_tune import sharded
 from pact_tune.adapters import Finish, finished
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_folder
 from pact_tune.hf.decoder import HFDecoder
-from pact_tune.hf.model import CausalLM, adapter_of, causal_lm, trained_parameters
+from pact_tune.hf.model import CausalLM, adapter_of, causal_lm, checkpoint_names, trained_parameters
 from pact_tune.hf.saving import save_adapter, save_merged, save_weights
 from pact_tune.log import logger
 from pact_tune.memory import Sizes
@@ -41,27 +39,6 @@ def plan(cfg: DictConfig) -> tuple[CausalLM, PreTrainedModel]:
     section: Any = OmegaConf.to_container(cfg.model, resolve=True)
     spec = causal_lm(**{key: value for key, value in section.items() if key != "_component_"})
     return spec, spec.skeleton(DTYPES[cfg.dtype], DTYPES[cfg.adapter_dtype])
-
-
-def checkpoint_names(model: PreTrainedModel, weights: dict[str, Any]) -> dict[str, str]:
-    """Modules whose weights a checkpoint keeps under another name than the model does.
-
-    Gemma 3's vision models were published before transformers renamed their modules.
-
-    Args:
-        model (PreTrainedModel): may lie on the meta device.
-        weights (dict[str, Any]): by the checkpoint's names; values are not looked at.
-
-    Returns:
-        dict[str, str]: name of the module in the model -> in the checkpoint; those with one name for both are left out.
-    """
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    names = {}
-    for name in weights:
-        renamed = apply_renamings(name, renamings)
-        if renamed != name and renamed.endswith(".weight"):
-            names[renamed.removesuffix(".weight")] = name.removesuffix(".weight")
-    return names
 
 
 class HFBackbone:

@@ -25,7 +25,7 @@ from pact_tune.data import ChatDataset
 from pact_tune.errors import UserError
 from pact_tune.fingerprints import fingerprint, model_fingerprint
 from pact_tune.hf.decoder import HFDecoder, causal_lm_of
-from pact_tune.hf.model import trained_parameters
+from pact_tune.hf.model import checkpoint_names, trained_parameters
 from pact_tune.log import logger
 from pact_tune.objectives.base import Context, Objective
 from pact_tune.reference.source import ReferenceSource
@@ -342,6 +342,7 @@ class Constraint:
         _, spec = read_adapter(folder)
         train = self.data[0]
         network = self.network
+        weights = dict.fromkeys(ModelFolder(self.folder, "the model"))
         write_stamp(
             folder,
             {
@@ -363,6 +364,7 @@ class Constraint:
                 },
                 "adapter": {**spec._asdict(), "fingerprint": fingerprint(load_file(folder / WEIGHTS))},
                 "base": str(self.folder.resolve()),
+                "renamed": checkpoint_names(causal_lm_of(self.model), weights),
                 "final": self.final,
                 "validation": {},
                 "config": {"dataset": None, "loss": self.section, **arguments},

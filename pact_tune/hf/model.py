@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from pydantic import Field
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from pact_tune.adapters import Adapter, LoRASpec, Update, check_fits, read_adapter
 from pact_tune.config import Dropout, PathText, Positive, Size, Text
@@ -244,6 +246,27 @@ def four_bit(dtype: torch.dtype) -> dict[str, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
     )
     return {"quantization_config": quantization}
+
+
+def checkpoint_names(model: PreTrainedModel, weights: dict[str, Any]) -> dict[str, str]:
+    """Modules whose weights a checkpoint keeps under another name than the model does.
+
+    Gemma 3's vision models were published before transformers renamed their modules.
+
+    Args:
+        model (PreTrainedModel): may lie on the meta device.
+        weights (dict[str, Any]): by the checkpoint's names; values are not looked at.
+
+    Returns:
+        dict[str, str]: name of the module in the model -> in the checkpoint; those with one name for both are left out.
+    """
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    names = {}
+    for name in weights:
+        renamed = apply_renamings(name, renamings)
+        if renamed != name and renamed.endswith(".weight"):
+            names[renamed.removesuffix(".weight")] = name.removesuffix(".weight")
+    return names
 
 
 # Last names of an adapter's weights, as PEFT injects them -> as every backbone of ours calls them.
