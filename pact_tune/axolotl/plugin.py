@@ -4,7 +4,6 @@ Axolotl trains on, and succeeds, when a plugin cannot be imported. So nothing bu
 without one was trained without the constraint, which `pact verify` says.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ from axolotl.integrations.base import BasePlugin
 from torch import nn
 
 from pact_tune.axolotl.args import OWN_KEYS
+from pact_tune.axolotl.rows import dataset_rows, rows_of_batch
 from pact_tune.batching import collate
-from pact_tune.conversations import Conversation
-from pact_tune.data import ChatDataset, Counts
 from pact_tune.errors import UserError
-from pact_tune.hf.constraint import Constraint, spans
+from pact_tune.hf.constraint import Constraint
 
 
 class PACTAxolotlTrainer(AxolotlTrainer):
@@ -73,9 +71,9 @@ class PACTPlugin(BasePlugin):
     def post_trainer_create(self, cfg: Any, trainer: PACTAxolotlTrainer) -> None:
         """Puts the objective to work; all input errors are raised here, before the first step."""
         section = dict(cfg.pact)
-        data = [_data(trainer.train_dataset, "datasets")]
+        data = [dataset_rows(trainer.train_dataset, "datasets")]
         if trainer.eval_dataset is not None:
-            data.append(_data(trainer.eval_dataset, "test_datasets"))
+            data.append(dataset_rows(trainer.eval_dataset, "test_datasets"))
         settings = {key: value for key, value in section.items() if key not in OWN_KEYS[1:]}
         cache = section.get("reference_cache", {})
         self.trainer = trainer
@@ -94,40 +92,3 @@ class PACTPlugin(BasePlugin):
         if self.constraint is not None and self.trainer is not None and self.trainer.args.should_save:
             arguments = {"trainer": {"learning_rate": cfg.learning_rate, "seed": cfg.seed}}
             self.constraint.stamp(Path(cfg.output_dir), "axolotl", arguments, self.trainer.state.global_step)
-
-
-def rows_of_batch(inputs: dict[str, torch.Tensor]) -> list[tuple[Conversation, list[int]]]:
-    """The rows of a batch, padded or packed, each up to its last trained token, with its labels.
-
-    Args:
-        inputs (dict[str, torch.Tensor]): input_ids, labels and, where rows are packed, position_ids, ``[B, S]``.
-
-    Returns:
-        list[tuple[Conversation, list[int]]]: rows without a trained token, and padding, are left out.
-    """
-    ids, labels = inputs["input_ids"].tolist(), inputs["labels"].tolist()
-    positions = inputs["position_ids"].tolist() if "position_ids" in inputs else [range(len(row)) for row in ids]
-    rows = []
-    for tokens, marks, places in zip(ids, labels, positions, strict=True):
-        starts = [i for i, place in enumerate(places) if place == 0]
-        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-            if (row := _trimmed(tokens[start:end], marks[start:end])) is not None:
-                rows.append(row)
-    return rows
-
-
-def _trimmed(tokens: Sequence[int], labels: Sequence[int]) -> tuple[Conversation, list[int]] | None:
-    found = spans(labels)
-    if not found:
-        return None
-    end = found[-1][1]
-    return Conversation(list(tokens[:end]), found), list(labels[:end])
-
-
-def _data(dataset: Any, title: str) -> ChatDataset:
-    """Axolotl's tokenized rows; UserError where none is trained."""
-    rows = (_trimmed(row["input_ids"], row["labels"]) for row in dataset)
-    conversations = [row[0] for row in rows if row is not None]
-    if not conversations:
-        raise UserError(f"No row of {title} has a trained token: see roles_to_train and train_on_eos.")
-    return ChatDataset(conversations, [Counts(title, used=len(conversations))], [0] * len(conversations))

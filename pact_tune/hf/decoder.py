@@ -190,7 +190,9 @@ class HFDecoder(Decoder):
         Raises:
             UserError: they differ: the model does something to its logits that is not known here.
         """
-        tokens = torch.arange(CHECKED_TOKENS, device=self.device)[None] % self.causal_lm.config.get_text_config().vocab_size
+        tokens = (
+            torch.arange(CHECKED_TOKENS, device=self.device)[None] % self.causal_lm.config.get_text_config().vocab_size
+        )
         index = torch.arange(CHECKED_TOKENS, device=self.device)
         ids = torch.arange(0, 7, 2, device=self.device)
         everywhere = Batch(tokens, index, *[index] * 5)
