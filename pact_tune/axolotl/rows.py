@@ -45,4 +45,4 @@ def dataset_rows(dataset: Iterable[Mapping[str, Any]], title: str) -> ChatDatase
     conversations = [row[0] for row in rows if row is not None]
     if not conversations:
         raise UserError(f"No row of {title} has a trained token: see roles_to_train and train_on_eos.")
-    return ChatDataset(conversations, [Counts(title, used=len(conversations))])
+    return ChatDataset(conversations, [Counts(title, used=len(conversations))], [0] * len(conversations))
