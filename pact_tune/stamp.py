@@ -7,6 +7,7 @@ signature: whoever changes a file can write a new stamp, too.
 import glob
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,10 +33,19 @@ def write_stamp(folder: Path, stamp: dict[str, Any]) -> None:
         folder (Path): where the result lies, complete but for the stamp.
         stamp (dict[str, Any]): what it says.
     """
-    stamp = {"format": FORMAT, **stamp, "files": _hashes(folder, _files(folder))}
+    stamp = {"format": FORMAT, **_plain(stamp), "files": _hashes(folder, _files(folder))}
     stamp["checksum"] = _checksum(stamp)
     text = json.dumps(stamp, indent=2, sort_keys=True, allow_nan=False)
     (folder / STAMP_FILE).write_text(text + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """A value of a config or a loss as JSON can hold it: no infinity and no NaN, whose names are written instead."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def read_stamp(folder: Path) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypat
     save = HFCheckpointer.save
 
     def cut_off(self, name, *rest, **options):
-        if name == "epoch_1":
+        if name == "epoch_0":
             raise KeyboardInterrupt
         return save(self, name, *rest, **options)
 
@@ -104,8 +104,7 @@ def test_two_processes_equal_one_and_resume_to_the_same_bits(tmp_path, monkeypat
         monkeypatch.setattr(HFCheckpointer, "save", patch_name)
         arguments = [f"output_dir={tmp_path}/cut", f"reference_cache.directory={tmp_path}/{cache}", *common]
         if cache == "a":
-            with pytest.raises(KeyboardInterrupt):
-                tune_run(monkeypatch, config, *arguments)
+            assert tune_run(monkeypatch, config, *arguments) == 130
             (tmp_path / "cut_two").mkdir()
             shutil.copy(tmp_path / "cut" / "recipe_state.pt", tmp_path / "cut_two")
         else:
