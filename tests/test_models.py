@@ -260,8 +260,8 @@ def test_variant_on_one_process_and_two_resumed_and_verified(wide_llama, tmp_pat
 REFUSED = {
     "DoRA on a bias": ("qwen2", 256, ["model.use_dora=True"], "which has a bias"),
     "NF4 of a narrow layer": ("llama", 32, ["model.quantize_base=True"], "multiples of 16384"),
-    "rank 0": ("llama", 32, ["model.lora_rank=0"], "lora_rank must be at least 1"),
-    "head of a tied model": ("qwen2", 32, ["model.apply_lora_to_output=True"], "incompatible with tie_word_embeddings"),
+    "rank 0": ("llama", 32, ["model.lora_rank=0"], "model.lora_rank is 0; it must be a whole number from 1"),
+    "head of a tied model": ("qwen2", 32, ["model.apply_lora_to_output=True"], "head is its embedding (tied) and takes no LoRA"),
 }  # fmt: skip
 
 
@@ -474,8 +474,10 @@ def test_adapters_of_a_bf16_model_are_float32_on_one_process_and_two(bf16, tmp_p
     again = load_file(tmp_path / "merged" / "model.safetensors")
     assert merged.keys() == again.keys() and all(torch.equal(merged[name], again[name]) for name in merged)
     transformers_model(tmp_path / "merged")
+    assert cli.main(command) == 0  # a merge replaces an earlier one, and finds the base by its stamp
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
     capsys.readouterr()
-    assert cli.main(command) == 1 and "exists already" in capsys.readouterr().err
+    assert cli.main(command) == 1 and "notes.txt" in capsys.readouterr().err
 
 
 def test_a_small_step_moves_a_float32_adapter_and_hardly_a_bf16_one(llama, tmp_path, monkeypatch):

@@ -116,6 +116,6 @@ def tiny_model(
         "pad_token_id": tokenizer.pad_token_id,
     }
     torch.manual_seed(seed)
-    model = model_class(config_class(**fields | config)).to(torch.float32)
+    model = model_class(config_class(**fields | config)).to(getattr(torch, config.get("dtype", "float32")))
     model.save_pretrained(directory)
     return directory
