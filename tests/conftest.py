@@ -19,7 +19,6 @@ QUICK = (
     "test_head.py",
     "test_log.py",
     "test_losses.py",
-    "test_run_state.py",
     "test_scoring.py",
 )
 
