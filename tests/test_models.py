@@ -37,7 +37,7 @@ def workspace_of(folder, architecture, **model):
     weights = load_file(file)
     for name, tensor in weights.items():
         if tensor.ndim == 1:
-            weights[name] = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
+            weights[name] = (tensor + 0.3 * torch.randn(tensor.shape, generator=generator)).to(tensor.dtype)
     save_file(weights, file, metadata={"format": "pt"})
     return path
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from pact_tune.config import Fields, Number, PathText, Text
 from pact_tune.errors import UserError
+from pact_tune.fingerprints import fingerprint
 from pact_tune.losses import VOCABULARY, PACTConfig, pact_loss
 from pact_tune.objectives.base import Chunk, Context, Objective
 from pact_tune.objectives.controller import Budget
@@ -77,7 +78,7 @@ def pact(
         return sft(context)
     reading: Reading
     if config.k == VOCABULARY:
-        reading, weights = Vocabulary(), torch.ones(context.vocab_size, device=context.device)
+        reading, weights, known = Vocabulary(), torch.ones(context.vocab_size, device=context.device), None
         note = f"Safety tokens: all {context.vocab_size} of the vocabulary."
     else:
         assert safety_tokens is not None  # see _config
@@ -85,6 +86,7 @@ def pact(
         chosen = found.select(config.k, config.ranking, config.weighting)
         reading = Columns(chosen.ids.to(context.device), config.tail)
         weights = chosen.weights.to(context.device)
+        known = fingerprint({"ids": chosen.ids, "weights": chosen.weights})
         note = f"Safety tokens: {len(chosen)} {text}"
 
     def terms(chunk: Chunk) -> dict[str, torch.Tensor]:
@@ -99,7 +101,7 @@ def pact(
     coefficients = {"ce": 1.0, "kl": config.lambda_kl}
     budget = None if kl_budget is None else Budget(coefficients, "kl", kl_budget)
     return Objective(
-        settings={"method": "pact", "constrained": True, **settings, "kl_budget": kl_budget},
+        settings={"method": "pact", "constrained": True, "safety_tokens": known, **settings, "kl_budget": kl_budget},
         terms=terms,
         coefficients=coefficients,
         metrics=("gate",),

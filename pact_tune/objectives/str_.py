@@ -3,6 +3,7 @@
 import torch
 
 from pact_tune.config import PathText, Text, Weight
+from pact_tune.fingerprints import fingerprint
 from pact_tune.losses import StrSpace, str_loss
 from pact_tune.objectives.base import Chunk, Context, Objective
 from pact_tune.objectives.sft import sft
@@ -36,13 +37,20 @@ def str_(
     if lambda_str == 0:
         return sft(context)
     tokens, text = TokenSource(safety_tokens, revision, subfolder, template_fallback).load(context)
+    known = fingerprint({"ids": tokens.ids, "weights": tokens.weights})
 
     def terms(chunk: Chunk) -> dict[str, torch.Tensor]:
         difference = str_loss(chunk.student, chunk.reference["full"], space)
         return {"ce": chunk.ce, "str": (difference * chunk.weight).sum()}
 
     return Objective(
-        settings={"method": "str", "constrained": True, "lambda_str": lambda_str, "space": space},
+        settings={
+            "method": "str",
+            "constrained": True,
+            "safety_tokens": known,
+            "lambda_str": lambda_str,
+            "space": space,
+        },
         terms=terms,
         coefficients={"ce": 1.0, "str": lambda_str},
         reading=Columns(tokens.ids.to(context.device), tail=space == "logprob"),
