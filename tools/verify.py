@@ -17,10 +17,10 @@ from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
 from pact_tune.fingerprints import fingerprint
 from pact_tune.log import progress
+from pact_tune.scoring import mean_by_range, response_logprobs, token_kl
 from pact_tune.stamp import check_files, read_stamp
 from pact_tune.weights import ModelFolder, through_nf4
 
-RANGES = {"0": (0, 1), "1-7": (1, 8), "8+": (8, None)}
 MAX_TOKENS = 64  # response tokens of a row that are looked at: log-probabilities of whole vocabularies are held
 # Of chat_dataset: how many rows, what is mixed in, and what an audit says, do not matter for a sample.
 NOT_SAMPLED = ("_component_", "n", "mix", "audit")
@@ -115,7 +115,8 @@ def verify(
     conversations = _sample(stamp, folder.directory, data, rows, columns)
     reference = _logprobs(_load(folder.directory, dtype, replaced), conversations, "Reference")
     result = _load(directory, dtype, {}) if whole else _load(folder.directory, dtype, replaced | changed)
-    kl = _kl(reference, _logprobs(result, conversations, "Result"))
+    per_token = map(token_kl, reference, _logprobs(result, conversations, "Result"))
+    kl = mean_by_range(list(per_token))
     return {"loss": stamp["loss"], "final": stamp["final"], "rows": len(conversations), "kl": kl}
 
 
@@ -208,24 +209,14 @@ def _component(path: str) -> Any:
         ) from error
 
 
-@torch.no_grad()
 def _logprobs(model: PreTrainedModel, conversations: list[Conversation], name: str) -> list[torch.Tensor]:
     """Log-probabilities at the first response positions of each conversation, ``[n, V]`` float32 on the CPU."""
-    parts = []
-    for conversation in progress(conversations, desc=name, unit="row", leave=False):
+    pairs = []
+    for conversation in conversations:
         start, end = conversation.responses[0]
-        end = min(end, start + MAX_TOKENS)
-        logits = model(torch.tensor([conversation.tokens[:end]], device=model.device)).logits[0, start - 1 : end - 1]
-        parts.append(logits.float().log_softmax(-1).cpu())
-    return parts
-
-
-def _kl(reference: list[torch.Tensor], result: list[torch.Tensor]) -> dict[str, float]:
-    """Mean KL(reference || result) by response position, in nats."""
-    per_token = [(p.exp() * (p - q)).sum(-1) for p, q in zip(reference, result, strict=True)]
-    means = {name: torch.cat([row[start:end] for row in per_token]) for name, (start, end) in RANGES.items()}
-    means["all"] = torch.cat(per_token)
-    return {name: values.mean().item() for name, values in means.items() if len(values)}
+        pairs.append((conversation.tokens[:start], conversation.tokens[start : min(end, start + MAX_TOKENS)]))
+    found = response_logprobs(model, pairs)
+    return [part.cpu() for part in progress(found, total=len(pairs), desc=name, unit="row", leave=False)]
 
 
 def _text(directory: Path, report: dict[str, Any]) -> str:
