@@ -12,6 +12,7 @@ from recipe import logged, run_command, tune_run, tune_run_processes, write_rows
 from test_recipe import adapter_of, assert_same_bits
 
 from pact_tune import UserError
+from pact_tune.evaluation.records import read_analysis
 from pact_tune.run_state import STATE_FILE
 from pact_tune.torchtune.checkpoint import HFCheckpointer
 
@@ -156,3 +157,22 @@ def test_validation_rows_are_not_trained_on_and_the_best_epoch_is_named(workspac
     assert len(logged(tmp_path / "with", "validation_loss")) == 2
     assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/without", "epochs=2") is None
     assert_same_bits(adapter_of(tmp_path / "with", 1), adapter_of(tmp_path / "without", 1))
+
+
+@pytest.mark.parametrize("objective", ["pact", "sft"])
+def test_a_run_writes_the_records_of_the_figures_and_trains_as_without(workspace, tmp_path, monkeypatch, objective):
+    write_rows(tmp_path / "prompts.jsonl", 5)
+    section = [f"analysis.source={tmp_path}/prompts.jsonl", f"analysis.safety_tokens={workspace.parent}/safety_tokens"]
+    common = ["epochs=2", "max_steps_per_epoch=2", f"loss.lambda_kl={3 if objective == 'pact' else 0}"]
+    for name, *more in (("with", *section, "analysis.rows=3"), ("without",)):
+        assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/{name}", *common, *more) is None
+    assert_same_bits(adapter_of(tmp_path / "with", 1), adapter_of(tmp_path / "without", 1))
+    found = read_analysis(tmp_path / "with")
+    assert [record["step"] for record in found["confidence"]] == [0, 2, 4]
+    assert all(0 < record["probability"] < 1 for record in found["confidence"])
+    assert [(record["epoch"], record["t"]) for record in found["logits"]] == [
+        (e, t) for e in range(3) for t in range(4)
+    ]
+    assert len(found["sample"]) == 9 and all((r["kl"] is None) == (objective == "sft") for r in found["sample"])
+    first, last = ([r["ce"] for r in found["sample"] if r["step"] == step] for step in (0, 4))
+    assert sum(last) < sum(first)

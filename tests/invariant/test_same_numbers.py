@@ -1,7 +1,7 @@
 """One run in every trainer: equal model, rows, order, initial adapter and settings give equal numbers.
 
 Each trainer writes its numbers to a JSON file, and one test compares the files. Axolotl needs an environment of its own:
-`make test-axolotl` writes its file there and compares it with the ones that these tests leave in $PACT_INVARIANT.
+An environment of its own, such as Axolotl's, can compare its file with the ones that these tests leave in $PACT_INVARIANT.
 """
 
 import json
