@@ -475,7 +475,10 @@ def sbr_loss(anchors, **settings):
 def test_sbr_after_twenty_steps(workspace, anchors, tmp_path):
     """Mean over tokens of the cross-entropy + alpha * mean over anchors and hidden units of the squared distance."""
     config = config_with(sbr_loss(anchors, alpha=20.0, per_step=2), workspace, tmp_path)
-    recipe = recipe_after(config, 20, output_dir=str(tmp_path / "out"), optimizer={"lr": 3e-3}, epochs=2)
+    cache = {"directory": str(tmp_path / "cache")}
+    recipe = recipe_after(
+        config, 20, output_dir=str(tmp_path / "out"), optimizer={"lr": 3e-3}, epochs=2, reference_cache=cache
+    )
     steps = [step for epoch in (0, 1) for step in recipe.schedule.epoch(epoch)]
     assert all(len([row for row in step if row >= 40]) == 2 for step in steps)
     assert [row - 40 for step in steps[:3] for row in step[4:]] == [0, 1, 2, 3, 4, 0]

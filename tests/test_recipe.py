@@ -315,7 +315,7 @@ BAD_INPUT = {
     "misspelt key": (lambda w, d: ["bacth_size=3"], "did you mean 'batch_size'"),
     "misspelt key in a section": (lambda w, d: ["optimizer.learning_rate=3"], "Unknown key 'learning_rate' in section 'optimizer'"),
     "misspelt key of the loss": (lambda w, d: ["loss.lamda_kl=3"], "did you mean 'lambda_kl'"),
-    "misspelt key of the mix": (lambda w, d: ["dataset.mix.source=a.jsonl", "dataset.mix.fracton=0.1"], "did you mean 'fraction'"),
+    "misspelt key of the mix": (lambda w, d: ["dataset.mix.source=a.jsonl", "dataset.mix.fraction=0.1", "dataset.mix.spilt=x"], "did you mean 'split'"),
     "misspelt cache key": (lambda w, d: ["reference_cache.dir=x"], "did you mean 'directory'"),
     "unknown dtype of the cache": (lambda w, d: ["reference_cache.dtype=int8"], "must be one of: float16, float32"),
     "missing checkpoint": (lambda w, d: ["checkpoint_dir=/nowhere"], "'/nowhere'"),
@@ -324,7 +324,7 @@ BAD_INPUT = {
     "DoRA with a bias": (lambda w, d: ["model.use_dora=True"], "which has a bias"),
     "nothing to resume": (lambda w, d: ["resume_from_checkpoint=True"], "to resume from"),
     "no GPU": (lambda w, d: ["device=cuda"], "device: cuda is not available here: set device: cpu"),
-    "fp16": (lambda w, d: ["dtype=fp16"], "bf16 or fp32"),
+    "fp16": (lambda w, d: ["dtype=fp16"], "must be one of: bf16, fp32"),
 }  # fmt: skip
 
 
