@@ -4,7 +4,8 @@ import json
 import shutil
 
 import pytest
-from recipe import logged, tune_run, tune_run_processes, write_workspace
+from omegaconf import OmegaConf
+from recipe import logged, tune_run, tune_run_processes, write_rows, write_workspace
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,19 @@ def test_a_method_and_all_that_is_wrong_with_a_run(workspace, tmp_path, monkeypa
         assert words in message
     assert "is no override" in tune_run(monkeypatch, workspace, "epochs")
     assert "Unknown option '--epochs=3'" in tune_run(monkeypatch, workspace, "--epochs=3")
+
+
+def test_a_list_of_a_config_takes_the_place_of_its_bases_section(workspace, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "more.jsonl", 10)
+    (tmp_path / "mine.yaml").write_text(
+        f"base: {workspace}\ndataset:\n  mix: [{{source: {rows}, fraction: 0.1}}, {{source: {rows}, fraction: 0.05, ce_weight: 0}}]\n"
+    )
+    (tmp_path / "over.yaml").write_text(
+        f"base: {tmp_path}/base.yaml\ndataset:\n  mix: [{{source: {rows}, fraction: 0.1}}]\n"
+    )
+    cfg = OmegaConf.load(workspace)
+    cfg.dataset.mix = {"source": str(rows), "fraction": 0.2}
+    OmegaConf.save(cfg, tmp_path / "base.yaml")
+    for name in ("mine", "over"):
+        run = [f"output_dir={tmp_path}/{name}", "max_steps_per_epoch=1"]
+        assert tune_run(monkeypatch, tmp_path / f"{name}.yaml", *run) is None

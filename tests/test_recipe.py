@@ -297,9 +297,10 @@ def test_the_folder_of_the_tokens_may_have_any_name(workspace, tmp_path):
 
 def foreign_tokens(workspace, folder, **provenance):
     tokens = SafetyTokens.load(workspace.parent / "safety_tokens")
+    shift = provenance.pop("shift", 0)
     changed = SafetyTokens(
-        tokens.ids + provenance.pop("shift", 0), tokens.weights, tokens.scores, tokens.reference_probability,
-        {**tokens.candidates, "ids": tokens.candidates["ids"]}, tokens.provenance | provenance, tokens.tokens,
+        tokens.ids + shift, tokens.weights, tokens.scores, tokens.reference_probability,
+        {**tokens.candidates, "ids": tokens.candidates["ids"] + shift}, tokens.provenance | provenance, tokens.tokens,
     )  # fmt: skip
     changed.save(folder)
     return folder

@@ -117,7 +117,14 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _merged(one: DictConfig, other: DictConfig) -> DictConfig:
-    both = OmegaConf.merge(one, other)
+    """``other`` over ``one``; what is a list in the one and a section in the other is replaced as a whole."""
+    try:
+        both = OmegaConf.merge(one, other)
+    except TypeError:  # omegaconf does not lay a list over a section
+        both = one.copy()
+        for key in other:
+            inner = both._get_node(key), other._get_node(key)
+            both[key] = _merged(*inner) if all(isinstance(node, DictConfig) for node in inner) else inner[1]
     assert isinstance(both, DictConfig)
     return both
 
