@@ -24,7 +24,7 @@ from pact_tune.hf.saving import save_adapter, save_merged, save_weights
 from pact_tune.log import logger
 from pact_tune.memory import Sizes
 from pact_tune.objectives.base import Context
-from pact_tune.stamp import STAMP_FILE, write_stamp
+from pact_tune.stamp import STAMP_FILE, result_names, write_stamp
 
 Trained = dict[str, torch.Tensor]  # what is trained, whole, on the CPU, under the backbone's own names
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -183,7 +183,7 @@ class HFBackbone:
         """
         directory = Path(self.cfg.output_dir) / name
         stamp = {**stamp, "base": str(self.folder.directory.resolve()), "renamed": self.names}
-        with atomic_folder(directory, marker=STAMP_FILE) as folder:
+        with atomic_folder(directory, STAMP_FILE, result_names(directory)) as folder:
             if self.has_adapters:
                 adapter = finished(adapter_of(trained), finish)
                 (config,) = self.model.peft_config.values()
