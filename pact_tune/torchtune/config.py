@@ -123,8 +123,11 @@ def _merged(one: DictConfig, other: DictConfig) -> DictConfig:
     except TypeError:  # omegaconf does not lay a list over a section
         both = one.copy()
         for key in other:
-            inner = both._get_node(key), other._get_node(key)
-            both[key] = _merged(*inner) if all(isinstance(node, DictConfig) for node in inner) else inner[1]
+            under, over = both._get_node(key), other._get_node(key)
+            if isinstance(under, DictConfig) and isinstance(over, DictConfig):
+                both[key] = _merged(under, over)
+            else:
+                both[key] = over
     assert isinstance(both, DictConfig)
     return both
 
