@@ -120,16 +120,21 @@ def generate(
     # On the left, so that every prompt ends where generation begins.
     ids = torch.tensor([[config.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    with torch.random.fork_rng(enabled=seed is not None):
-        if seed is not None:
-            torch.manual_seed(seed)
-        answer: Any = model.generate  # of another class of transformers, which all causal models have
-        output = answer(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList(processors),
-        )
+    # What a config leaves open transformers fills from the model's own: a vendor's repetition penalty, for one.
+    own, model.generation_config = model.generation_config, config
+    try:
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            answer: Any = model.generate  # of another class of transformers, which all causal models have
+            output = answer(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=LogitsProcessorList(processors),
+            )
+    finally:
+        model.generation_config = own
     ends = set(config.eos_token_id)
     return [up_to_end(row, ends) for row in output[:, width:].tolist()]
 

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--parallel", type=int, default=8, help="requests to an endpoint at a time (default: 8)")
     how.add_argument("--retries", type=int, default=5, help="of a request to an endpoint (default: 5)")
+    how.add_argument("--timeout", type=float, default=600.0, help="seconds that one request may take (default: 600)")
     how.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     how.add_argument("--seed", type=int, default=0, help="of sampled answers")
     how.add_argument("--max-new-tokens", type=int, help="instead of each benchmark's own limit")
@@ -100,9 +101,15 @@ def main(argv: list[str] | None = None) -> None:
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     named = _named(args.models)
-    loaded = [benchmarks.load(benchmarks.find(name), args.data, args.limit) for name in args.benchmarks]
+    chosen = [benchmarks.find(name) for name in args.benchmarks]
+    names = [benchmark.name for benchmark in chosen]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"Two benchmarks are called '{twice}': give each once, and your own files names of their own.")
+    loaded = [benchmarks.load(benchmark, args.data, args.limit) for benchmark in chosen]
     for one in loaded:
         _say(one, args.limit)
+
+    asking = {"parallel": args.parallel, "timeout": args.timeout, "retries": args.retries}
 
     def build(source: str):
         if args.rejudge:
@@ -110,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.engine == "vllm":
             return VLLM(source, temperature=args.temperature, seed=args.seed)
         if args.engine == "endpoint":
-            return Remote(Endpoint(args.url, source, args.parallel, args.temperature, args.seed, retries=args.retries))
+            return Remote(Endpoint(args.url, source, temperature=args.temperature, seed=args.seed, **asking))
         return Local(
             source,
             device=args.device,
@@ -123,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     models = {name: build(source) for name, source in named.items()}
     aligned = None if args.aligned is None else build(args.aligned)
     judge_endpoint = None
-    if args.judge_url:
-        judge_endpoint = Endpoint(args.judge_url, args.judge_model or "", args.parallel, retries=args.retries)
+    if args.judge_url and args.judge_model:
+        judge_endpoint = Endpoint(args.judge_url, args.judge_model, **asking)
     options = {"model": args.judge_model, "endpoint": judge_endpoint, "device": args.device}
     plan = run.Plan(
         loaded=loaded,
@@ -164,6 +171,8 @@ def main(argv: list[str] | None = None) -> None:
 def _check(args: argparse.Namespace) -> None:
     if min(args.parallel, args.tokens_per_batch, args.limit or 1, args.max_new_tokens or 1) < 1 or args.retries < 0:
         raise UserError("--parallel, --tokens-per-batch, --limit and --max-new-tokens must be at least 1, --retries 0.")
+    if not args.timeout > 0:
+        raise UserError(f"--timeout is {args.timeout:g}; it must be more than 0 seconds.")
     if args.temperature < 0:
         raise UserError(f"--temperature is {args.temperature:g}; it must be 0 (greedy) or more.")
     if args.engine == "endpoint" and not args.url:
@@ -181,8 +190,16 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--lm-eval runs models in transformers: use --engine hf, without --rejudge.")
     if args.overwrite and args.rejudge:
         raise UserError("--rejudge keeps the answers and --overwrite deletes them: give one of the two.")
-    if args.judge_url and args.judge != "rubric" and args.refusal_judge != "rubric":
+    judges = {args.judge, args.refusal_judge}
+    if args.judge_url and "rubric" not in judges:
         raise UserError("--judge-url is only read by judge 'rubric': give --judge rubric as well.")
+    if args.judge_model and not judges & {"rubric", "llama-guard"}:
+        raise UserError("--judge-model is only read by judges 'llama-guard' and 'rubric': give one of them as --judge.")
+    if args.refusal_judge == "llama-guard":
+        raise UserError(
+            "--refusal-judge is 'llama-guard', which says whether an answer is safe, not whether it refuses: give phrases, "
+            "rubric, or MODULE:CLASS."
+        )
 
 
 def _named(models: list[str]) -> dict[str, str]:

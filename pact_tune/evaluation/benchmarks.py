@@ -149,6 +149,11 @@ def _is(column: str, value: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda row: column not in row or str(row[column]) == value
 
 
+def _xstest_safe(row: Mapping[str, Any]) -> bool:
+    """The file of XSTest's second version has no labels, but its unsafe prompts' types begin with "contrast_"."""
+    return row["label"] == "safe" if "label" in row else not row["type"].startswith("contrast_")
+
+
 def _demo(name: str) -> Path:
     return demo_family_path() / "data" / f"{name}.jsonl"
 
@@ -158,7 +163,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
-            "advbench", "AdvBench", "harmful", _prompt("goal", "prompt"), ("walledai/AdvBench", None, "train"),
+            "advbench", "AdvBench", "harmful", _prompt("goal", "prompt", "Behavior"), ("walledai/AdvBench", None, "train"),
             ("harmful_behaviors*.csv", "advbench*.csv"), rows=520,
             note="PACT's harmful training rows are AdvBench goals: not held out for a model trained on those",
         ),
@@ -189,7 +194,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "xstest", "XSTest safe", "benign", _prompt("prompt"), ("walledai/XSTest", None, "test"),
-            ("xstest_prompts*.csv", "xstest*.csv"), _is("label", "safe"), rows=250,
+            ("xstest_prompts*.csv", "xstest*.csv"), _xstest_safe, rows=250,
         ),
         Benchmark(
             "jailbreakbench-benign", "JailbreakBench benign", "benign", _prompt("Goal", "goal", "prompt"),
@@ -286,7 +291,8 @@ def load(benchmark: Benchmark, data: str | Path | None = None, limit: int | None
         source = "/".join(part for part in benchmark.hub if part)
     else:
         raise UserError(f"Benchmark '{benchmark.name}' has no file: give one with --data.")
-    items = [_item(benchmark, row, number, source) for number, row in enumerate(rows, 1) if benchmark.where(row)]
+    found = [_item(benchmark, row, number, source) for number, row in enumerate(rows, 1)]
+    items = [item for item in found if item is not None]
     if not items:
         raise UserError(f"'{source}' holds no row of benchmark '{benchmark.name}': check the file.")
     return Loaded(benchmark, items[:limit], source)
@@ -321,10 +327,13 @@ def _read_file(benchmark: Benchmark, file: Path) -> list[Any]:
     return [dict(zip(benchmark.header, line, strict=False)) for line in lines]
 
 
-def _item(benchmark: Benchmark, row: Any, number: int, source: str) -> Item:
+def _item(benchmark: Benchmark, row: Any, number: int, source: str) -> Item | None:
+    """The item of a row; None where the row is not of the benchmark."""
     try:
+        if not benchmark.where(row):
+            return None
         item = benchmark.parse(row)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         column = error.args[0] if isinstance(error, KeyError) else error
         has = ", ".join(map(str, row)) if isinstance(row, Mapping) else "no columns"
         raise UserError(

@@ -80,7 +80,11 @@ class Endpoint:
             raise self._error(f"does not accept the key: set {KEY_VARIABLE}") from error
         except openai.APIStatusError as error:
             raise self._error(f"answers with status {error.status_code} ({one_line(error)})") from error
-        except openai.APIConnectionError as error:  # a timeout is one too
+        except openai.APITimeoutError as error:
+            raise self._error(
+                f"did not answer within {self.timeout:g} s: give it more (--timeout), or fewer requests at a time (--parallel)"
+            ) from error
+        except openai.APIConnectionError as error:
             raise self._error(
                 f"cannot be reached ({one_line(error)}): check that the server runs and the address"
             ) from error
