@@ -689,6 +689,76 @@ def test_an_endpoint_that_is_down_is_one_sentence(tmp_path, capsys):
     assert "cannot be reached" in capsys.readouterr().err
 
 
+# --- lm-evaluation-harness
+
+HARNESS_TASK = """
+task: {name}
+tag: reviews
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+metadata: {{version: 1}}
+"""
+CHOICE = 'output_type: multiple_choice\ndoc_to_choice: ["positive", "negative"]\nmetric_list: [{metric: acc}]\n'
+EXACT = (
+    "output_type: generate_until\ngeneration_kwargs: {until: ['.'], max_gen_toks: 4, do_sample: false}\n"
+    "metric_list: [{metric: exact_match}]\n"
+)
+
+
+def test_tasks_of_the_harness_before_and_after(tmp_path, monkeypatch, capsys):
+    lm_eval = pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [row["messages"] for row in lines(demo_family_path() / "data" / "eval_task.jsonl")[:12]]
+    file, tasks = tmp_path / "reviews.jsonl", tmp_path / "tasks"
+    file.write_text("".join(json.dumps({"question": q["content"], "answer": a["content"]}) + "\n" for q, a in rows))
+    tasks.mkdir()
+    for name, kind in (("review_choice", CHOICE), ("review_exact", EXACT)):
+        (tasks / f"{name}.yaml").write_text(HARNESS_TASK.format(name=name, file=file) + kind)
+    command = ["evaluate", f"Base={BASE}", "--aligned", ALIGNED, "--output", str(tmp_path / "out"), "--limit", "8"]
+    own = ["--lm-eval-include", str(tasks), "--lm-eval"]
+    assert cli.main([*command, *own, "review_choice", "reviews"]) == 0
+    for name, model in (("Initial", ALIGNED), ("Base", BASE)):
+        found = run.read_summary(tmp_path / "out" / name)["harness"]
+        assert set(found) == {"review_choice", "review_exact"} and found["review_choice"]["rows"] == 8
+        # The same rows by our own scorer.
+        plain = [
+            "evaluate",
+            f"m={model}",
+            "--output",
+            str(tmp_path / name),
+            "--benchmarks",
+            "demo-task",
+            "--limit",
+            "8",
+        ]
+        assert cli.main(plain) == 0
+        correct = run.read_summary(tmp_path / name / "m")["benchmarks"]["demo-task"]["counts"]["correct"]
+        assert found["review_exact"]["value"] == correct / 8
+    table = (tmp_path / "out" / "report.csv").read_text()
+    assert "Base,review_choice (lm-eval)" in table and "Initial,review_exact (lm-eval)" in table
+    monkeypatch.setattr(lm_eval, "simple_evaluate", None)  # what is there is not run again
+    assert cli.main([*command, *own, "reviews"]) == 0
+    capsys.readouterr()
+    for arguments, words in (
+        ([*own, "reveiws"], "knows no task 'reveiws'"),
+        ([*own[:1], str(tmp_path / "nowhere"), *own[2:], "reviews"], "does not exist"),
+        (own[:2], "only read with --lm-eval"),
+    ):
+        assert cli.main([*command, *arguments]) == 1
+        assert words in capsys.readouterr().err
+
+
+def test_a_missing_harness_is_one_sentence_before_any_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    command = ["evaluate", BASE, "--output", str(tmp_path / "out"), "--benchmarks", "demo-task", "--lm-eval", "sst2"]
+    assert cli.main(command) == 1
+    message = capsys.readouterr().err
+    assert "pip install 'lm-eval[hf]'" in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 # --- comparison
 
 

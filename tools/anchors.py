@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int | None:
         from pact_tune.evaluation.answering import Local
     except ImportError as error:
         raise UserError(f"Anchors need the package's evaluation ({error}): pip install 'pact-tune[eval]'.") from error
+    anchors.check_output(args.output)
     import transformers
 
     from pact_tune.prompts import column, read_prompts

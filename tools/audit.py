@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--answer-tokens and --tokens-per-batch must be at least 1, --show 0.")
     if args.output.suffix != ".jsonl":
         raise UserError(f"--output is '{args.output}'; give the name of a .jsonl file.")
+    if args.judge in ("llama-guard", "rubric"):
+        raise UserError(f"--judge is '{args.judge}', which the audit does not take: give phrases, or MODULE:CLASS.")
     columns = dict(part.partition("=")[::2] for part in args.columns)
     if not all(columns.values()):
         raise UserError("--columns takes KEY=COLUMN, such as prompt=ask response=reply.")
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         from pact_tune.evaluation.answering import Local
     except ImportError as error:
         raise UserError(f"The audit needs scipy ({error}): pip install 'pact-tune[eval]'.") from error
+    audit.check_output(args.output)
     import transformers
 
     from pact_tune.data import audited_rows

@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> None:
             if paths[0].is_file():  # a shell's DIR/* matches an earlier page too
                 continue
             name = paths[0].name
+        if len({path.resolve() for path in paths}) < len(paths):
+            raise UserError(f"'{name}' has the same evaluation twice: give each seed's folder once.")
         if name in folders:
             raise UserError(f"Two evaluations are called '{name}': name them apart, as NAME=DIR.")
         folders[name] = paths

@@ -33,9 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_argument_group("what is asked")
     what.add_argument(
-        "--benchmarks", nargs="+", default=DEFAULT_BENCHMARKS, metavar="B",
+        "--benchmarks", nargs="+", metavar="B",
         help="names (see --list), or KIND:NAME=FILE for a file of your own, KIND harmful, benign or task "
-        f"(default: {' '.join(DEFAULT_BENCHMARKS)})",
+        f"(default: {' '.join(DEFAULT_BENCHMARKS)}; none with --lm-eval)",
     )  # fmt: skip
     what.add_argument("--list", action="store_true", help="list the benchmarks and exit")
     what.add_argument(
@@ -94,14 +94,17 @@ def main(argv: list[str] | None = None) -> None:
 
     import transformers
 
-    from pact_tune.evaluation import harness, judges, report, run
+    from pact_tune.evaluation import judges, report, run
     from pact_tune.evaluation.answering import VLLM, Local, Remote
     from pact_tune.evaluation.endpoint import Endpoint
+    from pact_tune.evaluation.harness import Harness
     from pact_tune.safety_tokens import SafetyTokens
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights
     named = _named(args.models)
-    chosen = [benchmarks.find(name) for name in args.benchmarks]
+    # The default benchmarks come from the Hub; whoever names tasks of the harness has said what is wanted.
+    wanted = args.benchmarks or ([] if args.lm_eval else DEFAULT_BENCHMARKS)
+    chosen = [benchmarks.find(name) for name in wanted]
     names = [benchmark.name for benchmark in chosen]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"Two benchmarks are called '{twice}': give each once, and your own files names of their own.")
@@ -126,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             seed=args.seed,
         )
 
+    harness = Harness(args.lm_eval, args.lm_eval_include) if args.lm_eval else None
     # All of them before any work: a missing tokenizer shows now.
     models = {name: build(source) for name, source in named.items()}
     aligned = None if args.aligned is None else build(args.aligned)
@@ -154,9 +158,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.overwrite:
             run.clear(evaluation.folder)
         run.evaluate(evaluation, plan)
-        if args.lm_eval and isinstance(model, Local):
-            results = harness.run(model, args.lm_eval, args.limit, args.lm_eval_include)
-            run.add_harness(evaluation.folder, results)
+        if harness is not None:
+            for task in harness.tasks:
+                print(f"{name}: {task} (lm-evaluation-harness)", flush=True)
+                run.harness_task(evaluation, harness, task, args.limit)
         evaluations.append(evaluation)
         if isinstance(model, Local) and model is not aligned:
             model.release()
@@ -188,6 +193,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--safety-tokens is read on the aligned model's answers: give --aligned as well.")
     if args.lm_eval and (args.engine != "hf" or args.rejudge):
         raise UserError("--lm-eval runs models in transformers: use --engine hf, without --rejudge.")
+    if args.lm_eval_include and not args.lm_eval:
+        raise UserError("--lm-eval-include is only read with --lm-eval: name the tasks as well.")
     if args.overwrite and args.rejudge:
         raise UserError("--rejudge keeps the answers and --overwrite deletes them: give one of the two.")
     judges = {args.judge, args.refusal_judge}
@@ -206,9 +213,9 @@ def _named(models: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in models:
         name, equals, source = text.partition("=")
-        if not equals or not re.fullmatch(r"[\w.+-]+", name):
+        if not equals or not re.fullmatch(r"\w[\w.+-]*", name):
             source = text
-            name = re.sub(r"[^\w.+-]+", "-", text.rstrip("/")).strip("-.")
+            name = re.sub(r"[^\w.+-]+", "-", text.rstrip("/")).strip("-.+") or "model"
         if name in named or name == INITIAL:
             raise UserError(
                 f"Two models are called '{name}': name them apart, as NAME=MODEL ('{INITIAL}' is the aligned model)."

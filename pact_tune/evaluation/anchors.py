@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pact_tune.conversations import Message
+from pact_tune.errors import UserError
 from pact_tune.evaluation.answering import Local
 from pact_tune.evaluation.records import Journal
 from pact_tune.files import atomic_file
@@ -72,6 +73,19 @@ def anchors(
     kept = [(prompt, record) for prompt, record in full if record["ended"] or keep_unfinished]
     rows = [{"prompt": prompt, "response": record["response"]} for prompt, record in kept]
     return Anchors(rows, len(full) - len(kept), len(found) - len(full))
+
+
+def check_output(path: Path) -> None:
+    """Before any work: a file that is there without settings beside it is not ours, and may be the user's data.
+
+    Args:
+        path (Path): the .jsonl file that :func:`write` will write.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if path.exists() and not path.with_suffix(".settings.json").exists():
+        raise UserError(f"'{path}' is there and no output of `pact anchors`: give --output another name.")
 
 
 def write(path: Path, rows: Sequence[Row], settings: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from pact_tune import scoring
 from pact_tune.conversations import Message
 from pact_tune.data import AUDIT_FORMAT, AuditedRow
+from pact_tune.errors import UserError
 from pact_tune.evaluation import judges
 from pact_tune.evaluation.answering import Local
 from pact_tune.evaluation.judges import Answered, Judge
@@ -58,7 +59,7 @@ def audit(
 
     Returns:
         list[Record]: one a row, those most at odds with the aligned model first: "key", "source", "place", "verdict"
-        ("refused", "answered" or "broken"), "answer", "response_logprob" and "refusal_logprob" (mean a token of the
+        ("refused", "answered", "broken" or "unparsed"), "answer", "response_logprob" and "refusal_logprob" (mean a token of the
         opening, in nats), "odds" (their difference), "prompt", "response".
     """
     turns = [turn for number, row in enumerate(rows) for turn in _turns(number, row)]
@@ -130,12 +131,32 @@ def _verdicts(rows: Sequence[AuditedRow], turns: list[Turn], answers: list[Recor
 
 
 def _word(label: str) -> str:
-    """A guard that calls the aligned model's answer safe has not said that it refused."""
-    return label if label in (judges.REFUSED, judges.BROKEN) else judges.ANSWERED
+    """A guard that calls the aligned model's answer safe or unsafe has not said whether it refused."""
+    return judges.UNPARSED if label in (judges.SAFE, judges.UNSAFE) else label
 
 
 def _at_odds(record: Record) -> tuple[bool, float]:
     return record["verdict"] == judges.REFUSED, record["odds"]
+
+
+def check_output(path: Path) -> None:
+    """Before any work: a file that is there and no audit may be the user's data.
+
+    Args:
+        path (Path): the .jsonl file that :func:`write` will write.
+
+    Raises:
+        UserError: it is no audit.
+    """
+    if not path.exists():
+        return
+    try:
+        with path.open(encoding="utf-8") as stream:
+            ours = {"format", "settings", "rows"} <= set(json.loads(stream.readline()))
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"'{path}' is there and no output of `pact audit`: give --output another name.")
 
 
 def write(path: Path, records: Sequence[Record], settings: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """What evaluation and training write down: JSONL files that a killed run goes on with, and the figures' records."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,15 @@ class Journal:
     Args:
         path (str | Path): the .jsonl file.
         settings (Mapping[str, Any] | None): what its records depend on; None reads a finished file.
+        keys (Collection[str]): what each record has, beside its index.
 
     Raises:
         UserError: the file was made with other settings, is damaged, or is to be read and is not there.
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: str | Path, settings: Mapping[str, Any] | None = None, keys: Collection[str] = ()) -> None:
         self.path = Path(path)
+        self.keys = {"index", *keys}
         self.settings_path = self.path.with_suffix(".settings.json")
         self.done: dict[int, Record] = {}
         if settings is not None:
@@ -79,11 +81,13 @@ class Journal:
         for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
             try:
                 record = json.loads(line)
-                record["index"] + 0
-            except (ValueError, TypeError, KeyError) as error:
+                whole_record = isinstance(record["index"], int) and self.keys <= set(record)
+            except (ValueError, TypeError, KeyError):
+                whole_record = False
+            if not whole_record:
                 raise UserError(
                     f"Line {number} of '{self.path}' is damaged: delete the line, and run again to make it anew."
-                ) from error
+                )
             records.append(record)
         return records
 

@@ -13,7 +13,7 @@ import jinja2
 from pact_tune.errors import UserError
 from pact_tune.evaluation import figures
 from pact_tune.evaluation.records import Journal, Record, read_analysis
-from pact_tune.evaluation.run import read_summary
+from pact_tune.evaluation.run import VERDICT_KEYS, read_summary
 from pact_tune.evaluation.statistics import Rate, Seeds, mcnemar
 from pact_tune.files import atomic_file
 
@@ -89,9 +89,19 @@ class Compared:
         return sum(e[key] for e in entries) / sum(e["positions"] for e in entries) if entries else None
 
     def verdicts(self, benchmark: str) -> list[Record]:
-        """The rows of the first evaluation, in order."""
+        """The rows of the first evaluation, in order.
+
+        Raises:
+            UserError: the file is not what the summary counted.
+        """
         entry = self.summaries[0]["benchmarks"][benchmark]
-        return Journal(self.folders[0] / entry["verdicts"]).in_order()
+        journal = Journal(self.folders[0] / entry["verdicts"], keys=VERDICT_KEYS)
+        rows = journal.in_order()
+        if len(rows) != entry["rows"]:
+            raise UserError(
+                f"'{journal.path}' has {len(rows)} of {entry['rows']} verdicts: evaluate again, which keeps the answers."
+            )
+        return rows
 
 
 @dataclass(frozen=True)
@@ -366,10 +376,22 @@ def compare(folders: Mapping[str, Sequence[Path]], baseline: str | None = None) 
                             f"{'s' if key == 'judge' else ''}, so they cannot be compared: evaluate both with the same "
                             "--data, --limit and --judge (--rejudge keeps the answers)."
                         )
+    _check_harness(rows)
     names = [row.name for row in rows]
     if baseline is not None and baseline not in names:
         raise UserError(f"There is no model '{baseline}' to compare with; there are: {', '.join(names)}.")
     return Comparison(rows, baseline or next((name for name in names if name != "Initial"), names[0]))
+
+
+def _check_harness(rows: Sequence[Compared]) -> None:
+    seen: dict[str, Record] = {}
+    for task, entry in (item for row in rows for s in row.summaries for item in s.get("harness", {}).items()):
+        how = {key: entry["settings"][key] for key in ("limit", "lm_eval")}
+        if seen.setdefault(task, how) != how:
+            raise UserError(
+                f"The evaluations ran {task} of lm-evaluation-harness with another --limit or version ({seen[task]}, {how}), "
+                "so they cannot be compared: evaluate them alike."
+            )
 
 
 def _mass(entry: Record) -> list[float]:

@@ -24,6 +24,7 @@ from pact_tune.errors import UserError
 from pact_tune.evaluation import benchmarks, coherence, judges
 from pact_tune.evaluation.answering import Local, Model
 from pact_tune.evaluation.benchmarks import Loaded
+from pact_tune.evaluation.harness import Harness
 from pact_tune.evaluation.judges import Answered, Judge
 from pact_tune.evaluation.records import Journal, Record
 from pact_tune.files import atomic_file, remove_partial
@@ -34,6 +35,8 @@ from pact_tune.safety_tokens import SafetyTokens
 SUMMARY_FILE = "summary.json"
 PARTS = ("responses", "scores", "verdicts")
 FORMAT = 1
+RESPONSE_KEYS = ("prompt", "response", "ended", "tokens")
+VERDICT_KEYS = ("prompt", "response", "broken", "outcome")
 FIRST_POSITIONS = 8  # whose safety-token probability is kept
 SCORES_AT_A_TIME = 64  # rows between two saves
 
@@ -104,6 +107,7 @@ def evaluate(evaluation: Evaluation, plan: Plan) -> Record:
     """
     with run_lock(evaluation.folder):
         remove_partial(evaluation.folder)
+        _check_same_model(evaluation)
         entries = {}
         for loaded in plan.loaded:
             responses = _respond(evaluation, plan, loaded)
@@ -111,6 +115,22 @@ def evaluate(evaluation: Evaluation, plan: Plan) -> Record:
             entries[loaded.benchmark.name] = _judge(evaluation, plan, loaded, responses, scores)
         evaluation.summary = _write_summary(evaluation, plan, entries)
     return evaluation.summary
+
+
+def _check_same_model(evaluation: Evaluation) -> None:
+    """A summary gathers what one model did on all benchmarks, asked today or before."""
+    if evaluation.model is None or not (evaluation.folder / SUMMARY_FILE).exists():
+        return
+    before, now = read_summary(evaluation.folder)["model"], evaluation.model.settings
+    if before is None:  # answers judged again, without a summary from before
+        return
+    # How many are answered at a time may differ between benchmarks.
+    differing = [key for key in before | now if key != "tokens_per_batch" and before.get(key) != now.get(key)]
+    if differing:
+        raise UserError(
+            f"'{evaluation.folder}' holds an evaluation of another model or with other settings ({', '.join(differing)}): "
+            "choose another output folder or name, or delete it with --overwrite."
+        )
 
 
 def clear(folder: Path) -> None:
@@ -136,8 +156,9 @@ def read_summary(folder: str | Path) -> Record:
         ) from error
     except ValueError as error:
         raise UserError(f"'{path}' is damaged: run `pact evaluate` again, which keeps the answers.") from error
-    if summary.get("format") != FORMAT:
-        raise UserError(f"'{path}' has format {summary.get('format')}, this pact-tune reads {FORMAT}: evaluate again.")
+    found = summary.get("format") if isinstance(summary, dict) else None
+    if found != FORMAT:
+        raise UserError(f"'{path}' has format {found}, this pact-tune reads {FORMAT}: evaluate again.")
     return summary
 
 
@@ -147,12 +168,13 @@ def read_summary(folder: str | Path) -> Record:
 def _respond(evaluation: Evaluation, plan: Plan, loaded: Loaded) -> list[Record]:
     path = evaluation.folder / "responses" / f"{loaded.benchmark.name}.jsonl"
     if evaluation.model is None:
-        journal = Journal(path)
+        journal = Journal(path, keys=RESPONSE_KEYS)
         _check_complete(journal, loaded)
         return journal.in_order()
     limit = plan.max_new_tokens or loaded.benchmark.max_new_tokens
     settings = evaluation.model.settings | {"items": loaded.fingerprint, "max_new_tokens": limit}
-    journal = Journal(path, settings)
+    journal = Journal(path, settings, RESPONSE_KEYS)
+    _check_range(journal, loaded)
     chats = [item.messages for item in loaded.items]
     with _bar(plan, len(chats), f"{evaluation.name}: answers to {loaded.benchmark.title}") as bar:
         for number, batch in enumerate(evaluation.model.batches(chats, limit)):
@@ -177,9 +199,19 @@ def _check_complete(journal: Journal, loaded: Loaded) -> None:
         raise UserError(
             f"The answers in '{journal.path}' are to other prompts than '{loaded.source}' holds: give the same file and --limit."
         )
+    _check_range(journal, loaded)
     if len(journal.done) < len(loaded.items):
         raise UserError(
             f"'{journal.path}' holds {len(journal.done)} of {len(loaded.items)} answers: run without --rejudge to finish it."
+        )
+
+
+def _check_range(journal: Journal, loaded: Loaded) -> None:
+    """Killed runs leave no such row; an editor does."""
+    if strange := sorted(set(journal.done) - set(range(len(loaded.items)))):
+        raise UserError(
+            f"'{journal.path}' has an answer with index {strange[0]}, and the benchmark has {len(loaded.items)} rows, counted "
+            "from 0: delete that line."
         )
 
 
@@ -266,7 +298,9 @@ def _judge(
     }
     name = judge.name if judge else "scorer"
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    journal = Journal(evaluation.folder / "verdicts" / f"{benchmark.name}.{name}-{digest}.jsonl", settings)
+    journal = Journal(
+        evaluation.folder / "verdicts" / f"{benchmark.name}.{name}-{digest}.jsonl", settings, VERDICT_KEYS
+    )
     todo = [record for record in responses if record["index"] not in journal.done]
     if judge is None:
         correct = benchmarks.scorer(benchmark)
@@ -390,12 +424,28 @@ def _write_summary(evaluation: Evaluation, plan: Plan, entries: dict[str, Record
     return summary
 
 
-def add_harness(folder: Path, results: Record) -> None:
-    """Notes results of lm-evaluation-harness in a model's summary: task -> metric, value, standard error, rows."""
-    with run_lock(folder):
-        summary = read_summary(folder)
-        summary["harness"] = summary.get("harness", {}) | results
-        _write(folder / SUMMARY_FILE, summary)
+def harness_task(evaluation: Evaluation, harness: Harness, task: str, limit: int | None) -> None:
+    """Runs a task of lm-evaluation-harness and notes its numbers in the model's summary, where they are not there yet.
+
+    Args:
+        evaluation (Evaluation): evaluated, of a model in transformers.
+        harness (Harness): that knows the task.
+        task (str): its name.
+        limit (int | None): only the first so many rows.
+
+    Raises:
+        UserError: another process writes there, or the harness fails.
+    """
+    if not isinstance(evaluation.model, Local):
+        raise UserError("lm-evaluation-harness runs models in transformers: use --engine hf, without --rejudge.")
+    with run_lock(evaluation.folder):
+        summary = read_summary(evaluation.folder)
+        wanted = {"asked": task, "settings": harness.settings(evaluation.model, limit)}
+        before = summary.get("harness", {})
+        if not any(wanted.items() <= entry.items() for entry in before.values()):
+            summary["harness"] = before | harness.run(evaluation.model, task, limit)
+            _write(evaluation.folder / SUMMARY_FILE, summary)
+        evaluation.summary = summary
 
 
 def _write(path: Path, summary: Record) -> None:
