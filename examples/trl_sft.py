@@ -42,3 +42,5 @@ trainer = PACTTrainer(
 trainer.train()
 trainer.save_model()
 shutil.copy(rows_file, Path("outputs/trl_sft_rows.jsonl"))
+print("The adapter and its stamp are in outputs/trl_sft; check them with:")
+print("pact verify outputs/trl_sft --data outputs/trl_sft_rows.jsonl")

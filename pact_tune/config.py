@@ -116,7 +116,14 @@ class AlignmentSettings:
 
 # Parameters by the names that libraries (torch.optim, torchtune) give them, with a type at best, and never a range.
 LIBRARY: dict[str, Any] = {
-    "lr": Annotated[Number, Field(gt=0, le=10)],
+    "lr": Annotated[
+        Number,
+        Field(
+            gt=0,
+            le=1,
+            description="a number above 0 and at most 1 (fine-tuning takes 1e-5 to 1e-2; a larger one diverges)",
+        ),
+    ],  # fmt: skip
     "weight_decay": Annotated[Number, Field(ge=0, le=10)],
     "momentum": Dropout,
     "betas": tuple[Dropout, Dropout],

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from pact_tune import log
 from pact_tune.config import Count, Seed
 from pact_tune.conversations import Conversation, Message, RejectedChat, is_response, render_turns
-from pact_tune.errors import UserError, unknown_key
+from pact_tune.errors import UserError, unknown_key, unknown_name
 from pact_tune.rows import BrokenRow, Source, read_places
 
 COLUMN_KEYS = ("messages", "system", "prompt", "input", "response")
@@ -56,6 +56,7 @@ class Counts:
 
     Attributes:
         source (str): file, folder or data set.
+        section (str): what it is in the config, with its weights ("dataset.mix[1], ce_weight 0"); "" for the main source.
         used (int): rows that are trained on.
         conversations (int): what they became: more than the rows where the chat template rewrites earlier turns.
         context_turns (int): assistant turns of these rows that are context and no response: without text, with tool
@@ -75,6 +76,12 @@ class Counts:
     context_turns: int = 0
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    section: str = ""
+
+    @property
+    def label(self) -> str:
+        """The source, told apart from others that read the same file."""
+        return f"{self.source}, {self.section}" if self.section else self.source
 
     def leave_out(self, reason: str, place: str) -> None:
         """Counts a row that is not used."""
@@ -96,7 +103,7 @@ class Counts:
             notes.append(f"{self.refused} rows the aligned model would have refused, by the audit{dropped}")
         if self.ignored:
             notes.append(f"not read: {', '.join(self.ignored)}")
-        return f"{self.used} rows of {self.source}" + (f" ({'. '.join(notes)})" if notes else "")
+        return f"{self.used} rows of {self.label}" + (f" ({'. '.join(notes)})" if notes else "")
 
 
 @dataclass
@@ -118,9 +125,9 @@ class ChatDataset:
 
     def first_of_each(self, number: int, among: Container[int]) -> dict[str, list[int]]:
         """Numbers of the first conversations of each source among some, at most so many."""
-        of_each: dict[str, list[int]] = {counts.source: [] for counts in self.counts}
+        of_each: dict[str, list[int]] = {counts.label: [] for counts in self.counts}
         for row, source in enumerate(self.sources):
-            rows = of_each[self.counts[source].source]
+            rows = of_each[self.counts[source].label]
             if len(rows) < number and row in among:
                 rows.append(row)
         return of_each
@@ -250,6 +257,7 @@ class _Source:
     ce_weight: float = 1.0
     constraint_weight: float = 1.0
     audited: bool = True
+    section: str = ""
 
     @property
     def title(self) -> str:
@@ -274,7 +282,10 @@ def _mixed(mix: Mapping[str, Any], where: str) -> tuple[float, _Source]:
             raise UserError(f"{where}.{key} is {weight}; it is a factor from 0, and 1 leaves it as it is.")
     if source.ce_weight == source.constraint_weight == 0:
         raise UserError(f"Both weights of '{where}' are 0, so its rows do nothing: leave the source out.")
-    return fraction, source
+    weights = {key: mix[key] for key in ("ce_weight", "constraint_weight") if mix.get(key, 1) != 1}
+    return fraction, replace(
+        source, section=", ".join([where, *(f"{key} {value:g}" for key, value in weights.items())])
+    )
 
 
 def _anchors(section: Mapping[str, Any]) -> tuple[float, _Source]:
@@ -312,7 +323,7 @@ class _Reader:
     ) -> tuple[list[Conversation], Counts]:
         """The same of rows that are read already, each with its place."""
         _check_columns([row for _, row in rows], where)
-        counts = Counts(where.title)
+        counts = Counts(where.title, section=where.section)
         conversations: list[Conversation] = []
         for place, row in log.progress(
             rows, desc=f"Tokenizing {where.title}", unit="row", disable=not self.progress, leave=False
@@ -473,7 +484,7 @@ def _audit(section: Mapping[str, Any]) -> _Audit:
         raise UserError("Section 'dataset.audit' needs a file: the output of `pact audit`.")
     action = section.get("action", "report")
     if action not in AUDIT_ACTIONS:
-        raise unknown_key(str(action), AUDIT_ACTIONS, "dataset.audit.action")
+        raise unknown_name("value of dataset.audit.action", str(action), AUDIT_ACTIONS)
     file = str(section["file"])
     try:
         head, *lines = Path(file).read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -501,7 +512,7 @@ def _check_columns(rows: Sequence[Any], where: _Source) -> None:
             if key not in COLUMN_KEYS:
                 raise unknown_key(key, COLUMN_KEYS, "section 'dataset.columns'")
         if rows and (missing := [name for name in where.columns.values() if name not in present]):
-            raise unknown_key(missing[0], present, f"the columns of '{where.title}'")
+            raise unknown_name(f"column of '{where.title}'", missing[0], present)
         if "messages" not in where.columns and not {"prompt", "response"} <= set(where.columns):
             raise UserError("Section 'dataset.columns' must name 'messages', or both 'prompt' and 'response'.")
         return

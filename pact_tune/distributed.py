@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
 
     Returns:
         int | str | None: what the process exits with: None, the message of a user error, or 128 + a signal's number. With
-        several processes neither a success nor a user error returns: it ends the process.
+        several processes only a Ctrl-C before training returns; anything else ends the process.
     """
     rank = log.rank()
     try:
@@ -39,12 +40,16 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
     except UserError as error:
         if log.debugging():
             raise
-        # Every rank meets the same error; one says it. torchrun ends all with the first that fails: let that be rank 0.
+        # Every rank meets the same error; one says it. torchrun ends all with the first that fails, and reports on each that
+        # failed: let that be rank 0 alone.
         if rank:
+            signal.signal(signal.SIGTERM, lambda *_: _exit(0))
             time.sleep(SECONDS_FOR_RANK_0)
         return _end(f"pact_lora_finetune: {error}")
     except Interrupted as error:
         log.logger.info(error)
+        if dist.is_initialized():
+            _exit(error.code)  # see finish
         return error.code
     except KeyboardInterrupt:
         return 130
@@ -62,6 +67,12 @@ def _end(message: str) -> str:
     reply = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
     Path(file).write_text(json.dumps(reply))
     _exit(1)
+
+
+def wait_for_all() -> None:
+    """Returns once all ranks have called it."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def finish() -> NoReturn:

@@ -5,10 +5,15 @@ The requirements of each feature are those that the package itself declares (its
 
 import importlib
 import importlib.metadata
+import json
 import platform
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 from packaging.requirements import Requirement
@@ -55,10 +60,21 @@ def missing_package(error: ModuleNotFoundError) -> UserError | None:
     module = (error.name or "").split(".")[0]
     for extra in EXTRAS:
         if any(module == _module(requirement) for requirement in _requirements(extra)):
-            return UserError(
-                f"This needs {module}: pip install '{DISTRIBUTION}[{extra}]' (`pact env` lists what is missing)."
-            )
+            return UserError(f"This needs {module}: {install(extra)} (`pact env` lists what is missing).")
     return None
+
+
+def install(extra: str) -> str:
+    """The command that adds an extra: from the folder that pact-tune was installed from, where that is still there."""
+    try:
+        origin = json.loads(importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json") or "{}")
+    except importlib.metadata.PackageNotFoundError:
+        origin = {}
+    folder = Path(url2pathname(urlparse(origin.get("url", "")).path))
+    if "dir_info" not in origin or not (folder / "constraints.txt").is_file():
+        return f"pip install '{DISTRIBUTION}[{extra}]'"
+    editable = "-e " if origin["dir_info"].get("editable") else ""
+    return f"cd {shlex.quote(str(folder))} && pip install -c constraints.txt {editable}'.[{extra}]'"
 
 
 def versions() -> dict[str, str]:
@@ -81,7 +97,7 @@ def devices() -> list[str]:
 def features() -> Iterator[Feature]:
     """Everything that more than the core is needed for; packages are imported, since some are installed and broken."""
     for extra, name in EXTRAS.items():
-        yield Feature(name, tuple(_problems(_requirements(extra))), f"pip install '{DISTRIBUTION}[{extra}]'")
+        yield Feature(name, tuple(_problems(_requirements(extra))), install(extra))
     yield Feature(
         "vLLM: pact evaluate --engine vllm",
         tuple(_problems([Requirement("vllm")])),

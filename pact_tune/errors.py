@@ -26,7 +26,7 @@ def cannot_load(what: str, where: object, error: Exception, mend: str = "") -> U
     if "trust_remote_code" in str(error):
         return UserError(
             f"The {what} in '{where}' needs code of its own to be run: read its .py files, and if you trust them, allow it "
-            "with --trust-remote-code (in a config: tokenizer.trust_remote_code=True)."
+            "with --trust-remote-code, where the command has it (in a config: tokenizer.trust_remote_code=True)."
         )
     return UserError(f"The {what} in '{where}' could not be loaded{mend} ({one_line(error)}).")
 
@@ -61,7 +61,24 @@ def unknown_key(key: str, valid: Iterable[str], where: str) -> UserError:
     Returns:
         UserError: names the nearest valid key, or all of them when none is near.
     """
+    return UserError(f"Unknown key '{key}' in {where}; {_hint(key, valid, 'valid keys')}")
+
+
+def unknown_name(what: str, name: str, valid: Iterable[str]) -> UserError:
+    """Builds the error for a name of nothing.
+
+    Args:
+        what (str): what was looked for, for people ("shipped config, nor a file of that path").
+        name (str): the name as written.
+        valid (Iterable[str]): the names that exist.
+
+    Returns:
+        UserError: names the nearest, or all of them when none is near.
+    """
+    return UserError(f"'{name}' is no {what}; {_hint(name, valid, 'there are')}")
+
+
+def _hint(word: str, valid: Iterable[str], all_of_them: str) -> str:
     valid = sorted(valid)
-    near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"valid keys: {', '.join(valid)}."
-    return UserError(f"Unknown key '{key}' in {where}; {hint}")
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"{all_of_them}: {', '.join(valid)}."

@@ -31,7 +31,7 @@ from pact_tune.conversations import (
     render_prompt,
     tokenizer_fingerprint,
 )
-from pact_tune.errors import UserError, cannot_load, unknown_key
+from pact_tune.errors import UserError, cannot_load, unknown_name
 from pact_tune.files import PARTIAL, atomic_file, check_replaceable, remove_partial
 from pact_tune.fingerprints import model_fingerprint
 from pact_tune.generation import (
@@ -542,7 +542,7 @@ def _check_choices(**given: str) -> None:
     }
     for name, value in given.items():
         if value not in choices[name]:
-            raise unknown_key(value, choices[name], f"option '{name}'")
+            raise unknown_name(f"value of option '{name}'", value, choices[name])
 
 
 # --- work folder and processes

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from pact_tune.config import Count, Natural, Number, Weight, check, refuse, settings
-from pact_tune.errors import UserError, unknown_key
+from pact_tune.errors import UserError, unknown_name
 from pact_tune.safety_tokens import Ranking, Weighting
 
 Temperature = Annotated[Number, Field(gt=0, le=1e3)]
@@ -85,7 +85,7 @@ class PACTConfig:
             UserError: unknown preset, or a field that does not exist.
         """
         if name not in PRESETS:
-            raise unknown_key(str(name), PRESETS, "loss.preset")
+            raise unknown_name("value of loss.preset", str(name), PRESETS)
         return cls(**(PRESETS[name] | settings(cls, overrides, "loss")))
 
 

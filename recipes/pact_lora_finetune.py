@@ -21,7 +21,6 @@ if __name__ == "__main__":
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import distributed as dist
 from torchtune import config, training, utils
 from torchtune.recipe_interfaces import FTRecipeInterface
 
@@ -29,7 +28,7 @@ from pact_tune.analysis import Analysis
 from pact_tune.backbones import open_backbone
 from pact_tune.batching import collate
 from pact_tune.conversations import response_only_prefix, show
-from pact_tune.distributed import run_ranks
+from pact_tune.distributed import run_ranks, wait_for_all
 from pact_tune.errors import UserError
 from pact_tune.files import check_space
 from pact_tune.full_finetuning import check_full_finetuning
@@ -207,9 +206,8 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             while self.global_step < total:
                 epoch, done = divmod(self.global_step, per_epoch)
                 self._start_interval()
-                with progress(
-                    total=per_epoch, initial=done, desc=f"Epoch {epoch + 1}/{cfg.epochs}", unit="step"
-                ) as bar:
+                name = f"Epoch {epoch + 1}/{cfg.epochs}"
+                with progress(total=per_epoch, initial=done, desc=name, unit="step") as bar:
                     for step in range(done, per_epoch):
                         self.step(self.schedule.epoch(epoch)[step])
                         last = step + 1 == per_epoch
@@ -365,8 +363,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         }
         if self.rank == 0:
             save_state(self.output_dir, state)
-        if self.world_size > 1:
-            dist.barrier()
+        wait_for_all()
 
     def save_checkpoint(self, epoch: int) -> None:
         """Writes the state to resume from, then an epoch's result: PEFT adapter, merged model, pact.json.
@@ -391,8 +388,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
             stamp, end = self._stamp(epoch), self.objective.finish
             directory = self.backbone.save(f"epoch_{epoch}", trained, stamp, adapter_only=adapter_only, finish=end)
             logger.info(f"Saved {directory}")
-        if self.world_size > 1:
-            dist.barrier()
+        wait_for_all()
 
     def _stamp(self, epoch: int) -> dict[str, Any]:
         """How the result was made, for pact.json."""
@@ -432,10 +428,11 @@ def run(argv: Sequence[str], work: Callable[[PACTLoRAFinetuneRecipe], None], wri
 
     def everything() -> None:
         recipe = PACTLoRAFinetuneRecipe(read_command_line(argv))
-        with claim_output(recipe.cfg, recipe.rank) if writes else contextlib.nullcontext():
+        claimed = claim_output(recipe.cfg, recipe.rank) if writes else contextlib.nullcontext()
+        with claimed, contextlib.ExitStack() as at_the_end:
+            at_the_end.callback(recipe.cleanup)
             recipe.setup(recipe.cfg)
             work(recipe)
-            recipe.cleanup()
 
     return run_ranks(everything)
 

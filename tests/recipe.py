@@ -125,19 +125,26 @@ def tune_run(monkeypatch, config: Path | str, *overrides: str) -> int | str | No
     return None
 
 
-def run_command(config: Path | str, *overrides: str, processes: int = 1) -> list[str]:
-    """The command line of `tune run`; several processes go through torchrun and FSDP2."""
+def run_command(config: Path | str, *overrides: str, processes: int = 1, command: str = "tune") -> list[str]:
+    """The command line of `tune run`, or `pact run`; several processes go through torchrun and FSDP2."""
     launcher = ["--nproc_per_node", str(processes)] if processes > 1 else []
-    tune = str(Path(sys.executable).parent / "tune")
-    return [tune, "run", *launcher, "pact_lora_finetune", "--config", str(config), *overrides]
+    return [
+        str(Path(sys.executable).parent / command),
+        "run",
+        *launcher,
+        "pact_lora_finetune",
+        "--config",
+        str(config),
+        *overrides,
+    ]
 
 
 def tune_run_processes(
-    config: Path | str, *overrides: str, processes: int = 1, cwd=None
+    config: Path | str, *overrides: str, processes: int = 1, cwd=None, command: str = "tune"
 ) -> subprocess.CompletedProcess:
     """The same in processes of its own."""
     return subprocess.run(
-        run_command(config, *overrides, processes=processes),
+        run_command(config, *overrides, processes=processes, command=command),
         capture_output=True,
         text=True,
         cwd=cwd,

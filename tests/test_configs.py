@@ -143,7 +143,11 @@ def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "mine.yaml").read_text() == find_config("qwen2_5/0.5B_pact_lora").read_text()
     (tmp_path / "mine.yaml").write_text("changed")
     assert cli.main(["cp", "qwen2_5/0.5B_pact_lora", "mine.yaml", "-n"]) == 0
+    assert cli.main(["cp", "qwen2_5/0.5B_pact_lora", "mine"]) == 1
+    assert "replace it with --force" in capsys.readouterr().err
     assert (tmp_path / "mine.yaml").read_text() == "changed"
+    assert cli.main(["cp", "qwen2_5/0.5B_pact_lora", "mine", "--force"]) == 0
+    assert (tmp_path / "mine.yaml").read_text() != "changed"
     assert cli.main(["cp", "pact_lora_finetune", "new/recipe.py", "--make-parents"]) == 0
     assert "class PACTLoRAFinetuneRecipe" in (tmp_path / "new" / "recipe.py").read_text()
     assert cli.main(["cp", "pact_lora_finetune", "nowhere/recipe.py"]) == 1
@@ -221,7 +225,7 @@ def test_pact_run_is_tune_run(monkeypatch):
         (["shuffle=abc"], "shuffle is 'abc'; it must be True or False."),
         (["seed=null"], "seed is null; it must be a whole number from 0"),
         (["optimizer.lr=abc"], "optimizer.lr is 'abc'; it must be a number above 0"),
-        (["optimizer.lr=1e9"], "optimizer.lr is 1000000000.0; it must be a number above 0 and at most 10."),
+        (["optimizer.lr=1e9"], "optimizer.lr is 1000000000.0; it must be a number above 0 and at most 1 (fine-tuning takes"),
         (["dtype=fp64"], "dtype is 'fp64'; it must be one of: bf16, fp32"),
         (["device=gpu"], "device is 'gpu'; it must be cpu, cuda"),
         (["loss.preset=null"], "loss.preset is null; it must be one of: paper, official, tail."),

@@ -641,7 +641,7 @@ def test_columns_that_are_not_there(tokenizer, tmp_path):
     unknown = error_of(tokenizer, source)
     assert "has the columns ask, reply" in unknown and "dataset.columns.prompt" in unknown
     columns = {"prompt": "ask", "response": "replly"}
-    assert "'replly' in the columns of" in error_of(tokenizer, source, columns=columns)
+    assert "'replly' is no column of" in error_of(tokenizer, source, columns=columns)
     assert "did you mean 'reply'?" in error_of(tokenizer, source, columns=columns)
     message = error_of(tokenizer, source, columns={"prompt": "ask", "reponse": "reply"})
     assert "Unknown key 'reponse' in section 'dataset.columns'; did you mean 'response'?" in message

@@ -432,7 +432,7 @@ def test_own_files(tmp_path):
         True
     ] * 3
     for text, words in (
-        (f"task={file}", "Unknown key"),
+        (f"task={file}", "is no benchmark of"),
         (f"tsk:mine={file}", "KIND:NAME=FILE"),
         ("advbnch", "did you mean 'advbench'"),
     ):

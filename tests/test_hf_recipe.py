@@ -234,3 +234,17 @@ def test_methods_that_ask_for_more_than_a_reading(workspace, tmp_path, monkeypat
     else:
         assert len(changed) == len(sft)
         assert max(logged(tmp_path / method, "sbr" if method == "sbr" else "penalty")) > 0
+
+
+def test_a_models_own_code_never_runs(tmp_path, monkeypatch):
+    """With a "y" on standard input, which transformers would take for leave."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config, model, ran = write_hf(tmp_path), tmp_path / "model", tmp_path / "ran"
+    code = "from transformers import Qwen2Config\nopen({!r}, 'w')\nclass Own(Qwen2Config): model_type = 'own'\n"
+    (model / "own.py").write_text(code.format(str(ran)))
+    fields = json.loads((model / "config.json").read_text())
+    fields |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (model / "config.json").write_text(json.dumps(fields))
+    message = tune_run(monkeypatch, config)
+    assert isinstance(message, str) and "code of its own" in message
+    assert not ran.exists() and not list(tmp_path.glob("out/epoch_*"))

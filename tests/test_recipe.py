@@ -349,10 +349,16 @@ def test_rows_without_response_are_counted_and_alone_are_an_error(workspace, tmp
 
 
 def test_user_errors_end_real_processes_with_one_line(workspace, tmp_path):
-    for processes in (1, 2):
-        result = tune_run_processes(workspace, f"output_dir={tmp_path}", "bacth_size=3", processes=processes)
-        assert result.returncode != 0
+    for command, processes in (("tune", 1), ("tune", 2), ("pact", 2)):
+        words = [f"output_dir={tmp_path}", "bacth_size=3"]
+        result = tune_run_processes(workspace, *words, processes=processes, command=command)
+        assert result.returncode == 1
         assert result.stderr.count("did you mean 'batch_size'?") == 1
+        assert "SIGTERM" not in result.stderr.split("FAILED")[-1]  # only the rank that says the error is reported
+        if command == "pact":  # nothing of torchrun's report
+            assert result.stderr.strip() == (
+                "pact_lora_finetune: Unknown key 'bacth_size' in the config; did you mean 'batch_size'?"
+            )
         # the last thing on the screen, also below what torchrun writes of a process that failed
         last = [line for line in result.stderr.splitlines() if line.strip("= ")][-1]
         assert "did you mean 'batch_size'?" in last

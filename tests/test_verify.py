@@ -160,9 +160,18 @@ def test_verify_takes_any_dataset_component_and_needs_no_torchtune(result, tmp_p
 
 
 def test_verify_fails_without_the_constraint(workspace, tmp_path, monkeypatch, capsys):
-    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/sft", "loss.lambda_kl=0") is None
-    assert cli.main(["verify", str(tmp_path / "sft" / "epoch_0")]) == 1
-    assert "trained without the constraint" in capsys.readouterr().err
+    words = ["loss.lambda_kl=0", "tokenizer.trust_remote_code=True"]
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/sft", *words) is None
+    result = tmp_path / "sft" / "epoch_0"
+    capsys.readouterr()
+    assert cli.main(["verify", str(result), "--rows", "2"]) == 1
+    said = capsys.readouterr()
+    assert "is whole, and was trained without a constraint (method 'sft'), as its stamp says" in said.err
+    assert "without a constraint ('sft') and is what its stamp says" in said.out and "KL(reference" in said.out
+    assert read_stamp(result)["config"]["tokenizer"]["trust_remote_code"] is True
+    (result / "config.json").write_text("{}")  # all checks are the same
+    assert cli.main(["verify", str(result), "--rows", "2"]) == 1
+    assert "config.json' is not the file" in capsys.readouterr().err
 
 
 def test_saving_moves_neither_base_weights_nor_the_reference(workspace, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """`pact ls | cp | run | validate`: the recipe's configs, listed, copied, run and checked as `tune` does with its own."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import config, training
-from torchtune._cli import tune
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from transformers import PreTrainedModel
 
@@ -19,7 +17,7 @@ from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
 from pact_tune.hf.backbone import DTYPES, HFBackbone, plan, transformers_sizes
 from pact_tune.memory import GIB, estimate_memory
-from pact_tune.torchtune import lora
+from pact_tune.torchtune import launch, lora
 from pact_tune.torchtune.config import (
     add_arguments,
     complete,
@@ -47,10 +45,8 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: no such config, or one that is not right.
     """
-    if argv[0] == "run":  # torchtune's own command: it finds the recipe as an installed module
-        sys.argv = ["tune", *argv]
-        tune.main()
-        return 0
+    if argv[0] == "run":
+        return launch.run(argv)
     parser = argparse.ArgumentParser(prog="pact", description=__doc__)
     commands = parser.add_subparsers(required=True)
     list_parser = commands.add_parser("ls", help="list the recipe and its configs")
@@ -65,7 +61,9 @@ def main(argv: list[str]) -> int:
         metavar="NAME",
         help="lay a method over the config, and write the result",
     )
-    copy_parser.add_argument("-n", "--no-clobber", action="store_true", help="leave a file that is there already")
+    exists = copy_parser.add_mutually_exclusive_group()
+    exists.add_argument("-n", "--no-clobber", action="store_true", help="leave a file that is there already")
+    exists.add_argument("-f", "--force", action="store_true", help="replace a file that is there already")
     copy_parser.add_argument("--make-parents", action="store_true", help="make the destination's folder")
     copy_parser.set_defaults(run=_copy)
     validate_parser = commands.add_parser("validate", help="check a config; no data or weights are read")
@@ -106,6 +104,8 @@ def _copy(args: argparse.Namespace) -> None:
     if args.no_clobber and destination.exists():
         print(f"{destination} exists and is left as it is.")
         return
+    if destination.exists() and not args.force:
+        raise UserError(f"'{destination}' exists: choose another name, or replace it with --force.")
     text = _merged(args.name, args.method) if args.method else source.read_text()
     if args.make_parents:
         destination.parent.mkdir(parents=True, exist_ok=True)

@@ -55,17 +55,19 @@ def _print_table(tokens: SafetyTokens) -> None:
     facts = tokens.provenance
     model = printable(facts.get("aligned_model", "unknown model"))
     print(f"{model}: {len(tokens)} safety tokens, method {printable(facts['method'])}")
-    if facts["method"] == "templates":
-        print("Not measured: weights are uniform; the last column is the share of templates that use the token.")
+    measured = facts["method"] != "templates"
+    if not measured:
+        print("Not measured, for any model of this tokenizer: all weights are equal.")
     style = tokens.style if tokens.style is not None else [False] * len(tokens)
     largest = tokens.weights.max().item()
-    print(f"{'rank':>4} {'id':>7}  {'token':<18} {'weight':>9}  {'mean p_ref':>10}")
+    share = "mean p_ref" if measured else "in templates"  # what share of the templates uses the token
+    print(f"{'rank':>4} {'id':>7}  {'token':<18} {'weight':>9}  {share:>12}")
     names = tokens.tokens or [""] * len(tokens)
     rows = zip(tokens.ids, names, tokens.weights, tokens.reference_probability, style, strict=True)
     for rank, (token_id, text, weight, probability, mere) in enumerate(rows, 1):
         bar = "#" * round(20 * weight.item() / largest)
         note = "  (style)" if mere else ""
-        print(f"{rank:>4} {token_id:>7}  {_text(text):<18} {weight:>9.5f}  {probability:>10.5f}  {bar}{note}".rstrip())
+        print(f"{rank:>4} {token_id:>7}  {_text(text):<18} {weight:>9.5f}  {probability:>12.5f}  {bar}{note}".rstrip())
 
 
 def _print_diff(first: SafetyTokens, second: SafetyTokens, first_name: str, second_name: str) -> None:

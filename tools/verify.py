@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         int: 0.
 
     Raises:
-        UserError: trained without the constraint, or not what its stamp says.
+        UserError: not what its stamp says; or, once the report is printed, trained without a constraint.
     """
     parser = argparse.ArgumentParser(prog="pact verify", description=__doc__)
     parser.add_argument("directory", type=Path, help="a result (epoch_N) or its adapter folder")
@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     report = verify(args.directory, args.base, args.data, args.rows, _columns(args.columns))
     print(json.dumps(report, indent=2) if args.json else _text(args.directory, report))
+    if not report["loss"]["constrained"]:
+        raise UserError(
+            f"The result in '{args.directory}' is whole, and was trained without a constraint (method "
+            f"'{report['loss']['method']}'), as its stamp says: no claim is made for its refusals."
+        )
     return 0
 
 
@@ -88,11 +93,6 @@ def verify(
     if "loss" not in stamp:
         raise UserError(
             f"'{directory}' holds an adapter merged that has no stamp of pact-tune: nothing is known of its training."
-        )
-    if not stamp["loss"]["constrained"]:
-        raise UserError(
-            f"The result in '{directory}' was trained without the constraint (method '{stamp['loss']['method']}'): train "
-            "it with loss.lambda_kl above 0."
         )
     check_files(directory, stamp)
     folder = ModelFolder(base or stamp["base"], "--base")
@@ -223,11 +223,17 @@ def _text(directory: Path, report: dict[str, Any]) -> str:
     settings = ", ".join(
         f"{key} {value}" for key, value in report["loss"].items() if key not in ("method", "constrained")
     )
+    method = report["loss"]["method"]
+    trained = (
+        f"was trained with the constraint '{method}'"
+        if report["loss"]["constrained"]
+        else f"was trained without a constraint ('{method}')"
+    )
     final = ", ".join(f"{key} {value:.4f}" for key, value in report["final"].items())
     kl = ", ".join(f"{name}: {value:.4f}" for name, value in report["kl"].items())
     return (
-        f"{directory} was trained with the constraint '{report['loss']['method']}' and is what its stamp says.\n"
-        f"Loss: {settings}\n"
+        f"{directory} {trained} and is what its stamp says.\n"
+        f"Loss: {settings or 'cross-entropy'}\n"
         f"Last logged step: {final}\n"
         f"KL(reference || result) on {report['rows']} rows, by response position (nats): {kl}"
     )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pact_tune.conversations import Message
 from pact_tune.demo import demo_family_path
-from pact_tune.errors import UserError, unknown_key
+from pact_tune.errors import UserError, unknown_name
 from pact_tune.evaluation import utility
 from pact_tune.prompts import read_prompts
 
@@ -242,7 +242,7 @@ def find(name: str) -> Benchmark:
     kind, colon, rest = name.partition(":")
     if not colon:
         if name not in BENCHMARKS:
-            raise unknown_key(name, BENCHMARKS, "the list of benchmarks (`pact evaluate --list`)")
+            raise unknown_name("benchmark of `pact evaluate --list`", name, BENCHMARKS)
         return BENCHMARKS[name]
     label, equals, file = rest.partition("=")
     if (

@@ -101,6 +101,11 @@ class CausalLM:
         try:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         except (ValueError, KeyError, OSError) as error:
+            if "trust_remote_code" in str(error):
+                raise UserError(
+                    f"The model in '{directory}' is made by Python code of its own, which training never runs: give one whose "
+                    "architecture transformers has."
+                ) from error
             raise UserError(f"transformers cannot read '{directory}/config.json': {one_line(error)}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise UserError(f"The checkpoint in '{directory}' is quantised already: name the original one.")

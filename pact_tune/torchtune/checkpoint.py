@@ -24,7 +24,7 @@ from pact_tune.adapters import (
     write_adapter,
 )
 from pact_tune.config import PathText
-from pact_tune.errors import UserError, unknown_key
+from pact_tune.errors import UserError, unknown_name
 from pact_tune.families import Network, rope_scaling, rounded
 from pact_tune.files import atomic_folder
 from pact_tune.fingerprints import fingerprint
@@ -148,7 +148,7 @@ class HFCheckpointer:
         adapter: PathText | None = None,
     ) -> None:
         if model_type is not None and model_type not in MODEL_TYPES:
-            raise unknown_key(model_type, MODEL_TYPES, "checkpointer.model_type")
+            raise unknown_name("value of checkpointer.model_type", model_type, MODEL_TYPES)
         self.folder = ModelFolder(checkpoint_dir)
         self.directory, self.config = self.folder.directory, self.folder.config
         self.output_dir = Path(output_dir)

@@ -24,7 +24,7 @@ from pact_tune.config import (
     refuse,
     signature_of,
 )
-from pact_tune.errors import UserError, unknown_key
+from pact_tune.errors import UserError, unknown_key, unknown_name
 
 CONFIG_ROOT = Path(pact_tune.configs.__file__).parent
 METHOD_ROOT = CONFIG_ROOT / "methods"
@@ -78,7 +78,7 @@ def find_config(name: str) -> Path:
     for shipped in (plain, plain + SUFFIX):
         if shipped in config_names():
             return CONFIG_ROOT / f"{shipped}.yaml"
-    raise unknown_key(name, config_names(), "--config (no such file, and no shipped config of that name)")
+    raise unknown_name("config of `pact ls`, and no file either", name, config_names())
 
 
 def find_method(name: str) -> Path:
@@ -91,7 +91,7 @@ def find_method(name: str) -> Path:
         return METHOD_ROOT / f"{name}.yaml"
     if Path(name).is_file():
         return Path(name)
-    raise unknown_key(name, method_names(), "--method (no shipped method of that name, and no such file)")
+    raise unknown_name("method of `pact ls`, and no file either", name, method_names())
 
 
 # Composition -----------------------------------------------------------------------------------------------------------

@@ -3,4 +3,7 @@
 import sys
 from pathlib import Path
 
+from pact_tune import log
+
+log.quiet_torchao()  # before torchtune is imported
 sys.path.append(str(Path(__file__).parent.parent))  # the tests' helpers are modules of their folder, as for pytest

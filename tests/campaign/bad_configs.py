@@ -1,12 +1,12 @@
 """Bad configs: every key of shipped configs times every kind of fault, and the sentence that each yields.
 
-    python -m tests.campaign.bad_configs [--output TABLE.md] [--runs N]
+    python -m tests.campaign.bad_configs [--runs N]
 
 Each input goes through what the recipe does with its command line, and then through what `pact validate` builds; N of
-them, evenly spread, also through `tune run` in a process of its own. Counted are
+the refused ones, evenly spread, also through `tune run`. Counted are
 
     right      refused with a sentence that names the key and the mend, or taken where that value means something
-    traceback  any other exception, or a sentence without the key or the mend
+    traceback  any other exception, a sentence without the key or the mend, or a refusal without need
     silent     taken although no run can mean it
 
 What a key may be is written down here by hand (MEANINGFUL), and not read from the schema: it is what the schema is
@@ -18,21 +18,25 @@ import copy
 import math
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pact_tune import log
 from pact_tune.errors import UserError
+from pact_tune.log import progress
 from pact_tune.tools.configs import check
 from pact_tune.torchtune.config import find_config, read_command_line
 
+if TYPE_CHECKING:
+    from tests.campaign.processes import Tally
+
+TAKEN = "(taken)"
 CONFIGS = ("demo/pact_lora", "qwen2_5/0.5B_pact_lora", "llama3_1/8B_pact_lora")
 MENDS = (
     "correct ",
@@ -42,6 +46,7 @@ MENDS = (
     "takes ",
     "did you mean",
     "valid keys:",
+    "there are:",
     "lacks",
     "needs",
     "set ",
@@ -65,12 +70,12 @@ KINDS: dict[str, Any] = {
 # Kinds that mean something, by key, or by key without its section.
 NULLABLE = ("max_steps_per_epoch", "clip_grad_norm", "lr_scheduler", "reference_cache",
             "reference_cache.directory", "max_gb", "save_every_n_steps", "dataset.n", "dataset.max_seq_len", "loss.k", "fused",
-            "dataset.mix", "model_type", "dataset.name", "columns", "system")  # fmt: skip
+            "dataset.mix", "base_dir", "model_type", "dataset.name", "columns", "system")  # fmt: skip
 FLAGS = ("resume_from_checkpoint", "shuffle", "batch_by_length", "packed", "enable_activation_checkpointing", "compile",
          "lazy", "fsdp_reshard_after_forward", "log_peak_memory_stats", "save_adapter_weights_only",
          "apply_lora_to_mlp", "apply_lora_to_output", "tie_word_embeddings", "use_dora", "quantize_base", "fused",
          "template_fallback")  # fmt: skip
-WORDS = ("output_dir", "checkpoint_dir", "tokenizer.path", "checkpointer.output_dir", "source", "split", "log_dir",
+WORDS = ("output_dir", "checkpoint_dir", "base_dir", "tokenizer.path", "checkpointer.output_dir", "source", "split", "log_dir",
          "directory", "safety_tokens", "model.path")  # fmt: skip
 ZERO = ("seed", "weight_decay", "lora_dropout", "num_warmup_steps", "lambda_kl", "fraction")
 MEANINGFUL: dict[str, tuple[str, ...]] = {
@@ -212,64 +217,63 @@ def judge(case: Input, folder: Path) -> Outcome:
         names_key = case.key.rsplit(".", 1)[-1] in said or case.text in said or f"'{KINDS['text']}'" in said
         good = names_key and any(mend in said for mend in MENDS)
         if case.meaningful and case.kind.split()[0] != "text":  # the path of nothing is refused with reason
-            return Outcome("refused", said)
+            return Outcome("traceback", f"refused without need: {said}")
         return Outcome("right" if good else "traceback", said)
     except BaseException as error:
         return Outcome("traceback", f"{type(error).__name__}: {error}")
-    return Outcome("right" if case.meaningful else "silent", "(taken)")
+    return Outcome("right" if case.meaningful else "silent", TAKEN)
 
 
 def judge_run(case: Input, folder: Path) -> Outcome:
     """The same through `tune run`, in a process of its own; nothing may be left of it."""
-    path = folder / "config.yaml"
+    from tests.campaign.processes import run, train  # imports the recipe, which no test of the judge alone needs
+
+    path, place = folder / "config.yaml", folder / "place"
     path.write_text(case.content)
-    before = sorted(folder.iterdir())
-    tune = Path(sys.executable).parent / "tune"
-    words = [str(tune), "run", "pact_lora_finetune", "--config", str(path), *case.overrides]
-    process = subprocess.run(words, capture_output=True, text=True, cwd=folder, timeout=300)
-    said = process.stderr.strip()
-    if process.returncode == 0:
-        return Outcome("silent", said)
-    good = "Traceback" not in said and "pact_lora_finetune: " in said and sorted(folder.iterdir()) == before
-    return Outcome("right" if good else "traceback", said.splitlines()[-1] if good else said)
+    place.mkdir(exist_ok=True)
+    done = run(train(path, *case.overrides), folder / "said.txt", lambda: os.chdir(place))
+    good = done.verdict == "refused" and not list(place.iterdir())
+    return Outcome("right" if good else "silent" if done.verdict == "taken" else "traceback", done.message or done.said)
 
 
-def table(results: list[tuple[Input, Outcome]]) -> str:
-    """Markdown, the wrong ones first."""
-    order = {"traceback": 0, "silent": 1, "refused": 2, "right": 3}
-    lines = ["| verdict | config | kind | input | said |", "|---|---|---|---|---|"]
-    for case, outcome in sorted(results, key=lambda result: order[result[1].verdict]):
-        cells = (outcome.verdict, case.config, case.kind, case.text[:80], outcome.said[:400])
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+def campaign(folder: Path, each: int = 1, runs: int = 0) -> "Tally":
+    """Tries the inputs.
+
+    Args:
+        folder (Path): empty; everything is written there.
+        each (int): every which input: 1 for all.
+        runs (int): of the refused ones, how many go through `tune run`, too.
+
+    Returns:
+        Tally: by kind of fault.
+    """
+    from tests.campaign.processes import Tally
+
+    tally, refused = Tally("bad configs"), []
+    for case in progress(inputs()[::each], desc="Bad configs", unit="input"):
+        outcome = judge(case, folder)
+        tally.add(case.kind, outcome.verdict, f"{case.config}, {case.text[:80]}", outcome.said[:400])
+        if outcome.said != TAKEN:
+            refused.append(case)
+    sample = refused[:: max(1, len(refused) // runs)][:runs] if runs else []
+    for case in progress(sample, desc="Bad configs, through `tune run`", unit="input"):
+        outcome = judge_run(case, folder)
+        tally.add("through `tune run`", outcome.verdict, f"{case.config}, {case.text[:80]}", outcome.said[-400:])
+    return tally
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the campaign; exit code 1 when anything was not right."""
+    from tests.campaign.processes import OUTPUT
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, help="a table of all inputs and what each yields")
-    parser.add_argument("--runs", type=int, default=12, help="of the refused ones, how many go through `tune run` too")
+    parser.add_argument("--runs", type=int, default=60, help="of the refused ones, how many go through `tune run` too")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
     args = parser.parse_args(argv)
-    cases = inputs()
+    log.setup()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        results = [(case, judge(case, folder)) for case in cases]
-        refused = [case for case, outcome in results if outcome.said != "(taken)"]
-        sample = refused[:: max(1, len(refused) // args.runs)][: args.runs] if args.runs else []
-        results += [(case, judge_run(case, folder)) for case in sample]
-    if args.output:
-        args.output.write_text(table(results))
-        print(f"All inputs and their sentences: {args.output}")
-    counts = Counter(outcome.verdict for _, outcome in results)
-    wrong = [(case, outcome) for case, outcome in results if outcome.verdict != "right"]
-    for case, outcome in wrong[:40]:
-        print(f"{outcome.verdict}: {case.config}, {case.text[:60]} ({case.kind}): {outcome.said[:200]}")
-    print(
-        f"bad configs: {len(results)} tried ({len(sample)} through `tune run`), {counts['right']} right, "
-        f"{counts['traceback']} traceback, {counts['silent']} silent, {counts['refused']} refused without need"
-    )
-    return int(bool(wrong))
+        return campaign(Path(name), runs=args.runs).report(args.output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,9 @@ from pathlib import Path
 
 from recipe import write_workspace
 
-from tests.campaign.processes import Command, Done, Tally, run, train
+from pact_tune import log
+from pact_tune.log import progress
+from tests.campaign.processes import OUTPUT, Command, Done, Tally, run, train
 
 Words = Callable[["House"], list[str]]
 
@@ -237,7 +239,8 @@ def campaign(folder: Path, each: int, seed: int = 0, kinds: tuple[Kind, ...] = K
         prepare_resume(house)
         path = next(folder.glob(kind.file))
         good = path.read_bytes()
-        for i, (what, bad) in enumerate(damages(good, rng, each)):
+        bar = progress(damages(good, rng, each), total=each, desc=f"Damage, {kind.name}", unit="file")
+        for i, (what, bad) in enumerate(bar):
             if kind.name == "recipe_state.pt":
                 prepare_resume(house)
             path.write_bytes(bad)
@@ -258,11 +261,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=15, help="damages a kind of file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=[], help="only these")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
     args = parser.parse_args(argv)
+    log.setup()
     os.environ["HF_HUB_OFFLINE"] = "1"
     kinds = tuple(kind for kind in KINDS if not args.kinds or kind.name in args.kinds)
     with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), args.each, args.seed, kinds).report()
+        return campaign(Path(name), args.each, args.seed, kinds).report(args.output)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,11 @@ from pathlib import Path
 
 from recipe import write_workspace
 
+from pact_tune import log
+from pact_tune.log import progress
 from pact_tune.reference import cache
 from tests.campaign.kills import Filling
-from tests.campaign.processes import Command, Done, Tally, run, train
+from tests.campaign.processes import OUTPUT, Command, Done, Tally, run, train
 
 SIZE = 4_000_000  # bytes of a small disk
 
@@ -213,12 +215,12 @@ def campaign(folder: Path, times: int, seed: int = 0, commands: bool = True) -> 
         if commands:
             cases.full_at_the_start()
             cases.read_only_cache()
-        for _ in range(times):
+        for _ in progress(range(times), desc="Full disks", unit="round"):
             cases.full_during_a_run()
             cases.full_during_a_fill()
     else:
         print("Disks were not tried: no right to mount.", flush=True)
-    for _ in range(times):
+    for _ in progress(range(times), desc="Company", unit="round"):
         cases.two_runs()
         cases.two_fills()
     return cases.tally
@@ -229,10 +231,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
     args = parser.parse_args(argv)
+    log.setup()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), args.times, args.seed).report()
+        return campaign(Path(name), args.times, args.seed).report(args.output)
 
 
 if __name__ == "__main__":

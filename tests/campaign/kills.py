@@ -21,12 +21,14 @@ from huggingface_hub import constants
 from recipe import write_workspace
 from tiny import tiny_model
 
+from pact_tune import log
 from pact_tune.errors import UserError
 from pact_tune.files import leftovers
+from pact_tune.log import progress
 from pact_tune.reference import cache
 from pact_tune.safety_tokens import FILES, SafetyTokens
 from pact_tune.stamp import check_files, read_stamp
-from tests.campaign.processes import Command, Done, Tally, run, train
+from tests.campaign.processes import OUTPUT, Command, Done, Tally, run, train
 
 REPO, MODEL = "tester/tokens", "model-a"
 
@@ -307,10 +309,13 @@ def campaign(folder: Path, kills: int, seed: int = 0, kinds: Sequence[type[Work]
             first = kind(folder, "whole", *more)
             done = _whole(first)
             rng = random.Random(f"{seed} {kind.__name__}")
-            number = 0
-            while sum(tally.kinds.get(kind.__name__, {}).values()) < kills:
-                number += 1
-                attempt(kind(folder, f"try{number}", *more), first.result(), done.seconds, rng, tally)
+            number = tried = 0
+            with progress(total=kills, desc=f"Kills, {kind.__name__}", unit="kill") as bar:
+                while tried < kills:
+                    number += 1
+                    attempt(kind(folder, f"try{number}", *more), first.result(), done.seconds, rng, tally)
+                    bar.update(sum(tally.kinds[kind.__name__].values()) - tried)
+                    tried = sum(tally.kinds[kind.__name__].values())
             print(
                 f"{kind.__name__}: {dict(tally.kinds[kind.__name__])} ({done.seconds:.1f} s without kills)", flush=True
             )
@@ -328,10 +333,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each kind of work")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
     args = parser.parse_args(argv)
+    log.setup()
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), args.kills, args.seed).report()
+        return campaign(Path(name), args.kills, args.seed).report(args.output)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torchtune._cli import tune
 
 from pact_tune import cli
 
+OUTPUT = Path("outputs/campaign")  # where tables are written, unless told
 HANGS = 300.0  # seconds after which a command is said to hang
 PREFIXES = ("pact: ", "pact_lora_finetune: ")
 
@@ -141,11 +142,12 @@ def _call(argv: list[str]) -> int | str | None:
 
 
 class Tally:
-    """Counts: tried, right, traceback, silent; and the sentences of what went wrong."""
+    """Counts: tried, right, traceback, silent; and what each try yielded."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.counts, self.wrong = name, Counter(), []
+        self.name, self.counts = name, Counter()
         self.kinds: dict[str, Counter] = {}
+        self.tries: list[tuple[str, str, str, str]] = []
 
     def add(self, kind: str, verdict: str, what: str = "", said: str = "") -> None:
         """Counts one try.
@@ -158,8 +160,12 @@ class Tally:
         """
         self.counts[verdict] += 1
         self.kinds.setdefault(kind, Counter())[verdict] += 1
-        if verdict != "right":
-            self.wrong.append(f"{verdict}: {kind}, {what}: {' '.join(said[-1500:].split())}")
+        self.tries.append((verdict, kind, what, " ".join(said[-1500:].split())))
+
+    @property
+    def wrong(self) -> list[str]:
+        """A line for each try that was not right."""
+        return [f"{verdict}: {kind}, {what}: {said}" for verdict, kind, what, said in self.tries if verdict != "right"]
 
     def table(self) -> str:
         """Markdown."""
@@ -169,9 +175,27 @@ class Tally:
             rows.append(f"| {kind} | " + " | ".join(map(str, numbers)) + " |")
         return "\n".join(rows)
 
-    def report(self) -> int:
-        """Prints the table and what went wrong; 1 if anything did."""
+    def all_tries(self) -> str:
+        """Markdown: what each try yielded, the wrong ones first."""
+        rows = ["| verdict | kind | input | said |", "|---|---|---|---|"]
+        for cells in sorted(self.tries, key=lambda one: one[0] == "right"):
+            rows.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+        return "\n".join(rows)
+
+    def report(self, folder: Path) -> int:
+        """Prints the table and what went wrong, and writes both, and what each try yielded, to a file.
+
+        Args:
+            folder (Path): of the file; made where it is missing.
+
+        Returns:
+            int: 1 if anything went wrong.
+        """
+        file = folder / f"{self.name.replace(' ', '_')}.md"
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{self.table()}\n\n{self.all_tries()}\n")
         print(f"\n{self.table()}\n", flush=True)
         for line in self.wrong[:40]:
             print(line, flush=True)
+        print(f"What each try yielded: {file}", flush=True)
         return int(bool(self.wrong))
