@@ -27,7 +27,7 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
 
     Returns:
         int | str | None: what the process exits with: None, the message of a user error, or 128 + a signal's number. With
-        several processes only a Ctrl-C before training returns; anything else ends the process.
+        several processes nothing returns: each end ends the process.
     """
     rank = log.rank()
     try:
@@ -48,12 +48,17 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
         return _end(f"pact_lora_finetune: {error}")
     except Interrupted as error:
         log.logger.info(error)
-        if dist.is_initialized():
-            _exit(error.code)  # see finish
-        return error.code
+        return _stopped(error.code)
     except KeyboardInterrupt:
-        return 130
+        return _stopped(130)
     return None
+
+
+def _stopped(code: int) -> int:
+    """The exit code of a process that a signal ended; one of several ends here, see :func:`finish`."""
+    if dist.is_initialized():
+        _exit(code)
+    return code
 
 
 def _end(message: str) -> str:

@@ -290,7 +290,7 @@ def _read(folder: Path) -> SafetyTokens:
         version = content.get("schema_version")
         if version not in (1, SCHEMA_VERSION):
             raise UserError(
-                f"The safety tokens in '{folder}' have schema version {printable(version)[:40]}, this pact-tune reads "
+                f"The safety tokens in '{folder}' have schema version {printable(str(version)[:40])}, this pact-tune reads "
                 f"{SCHEMA_VERSION}: update pact-tune or compute them again."
             )
         description = _Description.model_validate(content)

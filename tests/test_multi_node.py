@@ -18,9 +18,9 @@ def free_port() -> int:
 
 def agents(config, *overrides: str) -> list[subprocess.CompletedProcess]:
     """The command of docs/multi_node.md, started once for each of two machines with one process each."""
-    tune, run, *recipe = run_command(config, *overrides)
+    pact, run, *recipe = run_command(config, *overrides, command="pact")
     where = f"--rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{free_port()} --rdzv_id test --local_addr 127.0.0.1".split()
-    command = [tune, run, "--nnodes", "2", "--nproc_per_node", "1", *where, *recipe]
+    command = [pact, run, "--nnodes", "2", "--nproc_per_node", "1", *where, *recipe]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(AT_EXIT)}
     both = [subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=env) for _ in range(2)]
     try:
