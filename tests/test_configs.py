@@ -288,7 +288,7 @@ def test_every_method_goes_over_every_kind_of_config(tmp_path, monkeypatch, caps
         assert method in cfg.output_dir and cfg.checkpointer.output_dir == cfg.output_dir
         if "safety_tokens" in cfg.loss:
             assert cfg.loss.safety_tokens == load(name).loss.safety_tokens
-        assert cli.main(["cp", name, f"{method}.yaml", "--method", method]) == 0
+        assert cli.main(["cp", name, f"{method}.yaml", "--method", method, "--force"]) == 0
         assert load(tmp_path / f"{method}.yaml") == cfg
     assert load("demo/pact_lora", ["output_dir=here"], [method]).output_dir == "here"
     assert load("demo/pact_lora").loss == base.loss  # the base is as it was

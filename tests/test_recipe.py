@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_losses import naive_pact
 from transformers import AutoModelForCausalLM
 
-from pact_tune import PACTConfig, SafetyTokens, chat_dataset, load_tokenizer
+from pact_tune import PACTConfig, SafetyTokens, chat_dataset, cli, load_tokenizer
 from pact_tune.batching import response_only_views
 from pact_tune.conversations import response_only_prefix
 from pact_tune.decoder import Decoder
@@ -367,3 +367,11 @@ def test_user_errors_end_real_processes_with_one_line(workspace, tmp_path):
 def test_config_names_are_found_from_any_folder_and_near_misses_named(tmp_path):
     result = tune_run_processes("demo/pact_laro", cwd=tmp_path)
     assert result.returncode != 0 and "did you mean 'demo/pact_lora'?" in result.stderr
+
+
+def test_a_damaged_checkpoint_is_said_once(workspace, tmp_path, capsys):
+    shutil.copytree(workspace.parent / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"a": ')
+    assert cli.main(["validate", str(workspace), f"checkpoint_dir={tmp_path}/model"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"pact: '{tmp_path}/model/config.json' cannot be read") and error.count("\n") == 1

@@ -209,10 +209,10 @@ def _checkpoint(cfg: DictConfig, model: nn.Module | None) -> None:
     """Compares the checkpoint's config.json and the shapes of its weights with the model, and loads its tokenizer."""
     if cfg.model._component_ == TRANSFORMERS:
         HFBackbone(cfg, torch.device("cpu"), DTYPES[cfg.dtype], 1)
-    else:
-        checkpointer = config.instantiate(cfg.checkpointer)
-        if model is not None:
-            checkpointer.check(model)
+    elif model is not None:
+        config.instantiate(cfg.checkpointer).check(model)
+    elif cfg.model.get("path") != cfg.checkpoint_dir:  # else its fault has been said: the model is built from it
+        config.instantiate(cfg.checkpointer)
     path = cfg.tokenizer.get("path")
     if path is not None and Path(path).is_dir():
         config.instantiate(cfg.tokenizer)

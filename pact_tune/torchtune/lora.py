@@ -42,6 +42,8 @@ def build(cfg_model: DictConfig, world_size: int = 1, adapter_dtype: torch.dtype
     """
     try:
         model = config.instantiate(cfg_model)
+    except UserError:
+        raise
     except (TypeError, ValueError, AssertionError) as error:
         hint = (
             f" (quantize_base takes weights in multiples of {NF4_BLOCK} only)" if cfg_model.get("quantize_base") else ""
