@@ -30,6 +30,7 @@ EXTRAS = {
     "eval": "evaluation: pact evaluate, compare, audit",
     "gguf": "GGUF files: pact import-gguf",
 }
+APART = ("axolotl",)  # pins what the others and the constraints have otherwise
 CORE = ("torch", "transformers", "huggingface-hub", "safetensors", "datasets", "omegaconf", "pydantic")
 
 
@@ -71,10 +72,13 @@ def install(extra: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         origin = {}
     folder = Path(url2pathname(urlparse(origin.get("url", "")).path))
+    apart = extra in APART
     if "dir_info" not in origin or not (folder / "constraints.txt").is_file():
-        return f"pip install '{DISTRIBUTION}[{extra}]'"
-    editable = "-e " if origin["dir_info"].get("editable") else ""
-    return f"cd {shlex.quote(str(folder))} && pip install -c constraints.txt {editable}'.[{extra}]'"
+        command = f"pip install '{DISTRIBUTION}[{extra}]'"
+    else:
+        options = ("" if apart else "-c constraints.txt ") + ("-e " if origin["dir_info"].get("editable") else "")
+        command = f"cd {shlex.quote(str(folder))} && pip install {options}'.[{extra}]'"
+    return f"{command}, in an environment of its own" if apart else command
 
 
 def versions() -> dict[str, str]:
