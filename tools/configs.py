@@ -28,6 +28,7 @@ from pact_tune.torchtune.config import (
     method_names,
 )
 from pact_tune.torchtune.memory import sizes_of
+from pact_tune.weights import ModelFolder
 
 RECIPE = "pact_lora_finetune"
 DEFAULT_TOKENS = 2048  # row length for the memory estimate of a config without dataset.max_seq_len
@@ -174,11 +175,16 @@ def check(cfg: DictConfig) -> nn.Module:
     Raises:
         UserError: everything that cannot be built.
     """
+    there = cfg.checkpoint_dir is not None and Path(cfg.checkpoint_dir).is_dir()
+    if there:
+        ModelFolder(
+            cfg.checkpoint_dir, "checkpoint_dir"
+        )  # one that is damaged is a single fault, not one of each reader
     problems: list[str] = []
     model = _built(problems, lambda: _model(cfg))
     if model is not None:
         _built(problems, lambda: _optimizer(cfg, model))
-    if cfg.checkpoint_dir is not None and Path(cfg.checkpoint_dir).is_dir():
+    if there:
         _built(problems, lambda: _checkpoint(cfg, model))
     refuse(problems)
     assert model is not None  # else there is a problem
@@ -209,10 +215,10 @@ def _checkpoint(cfg: DictConfig, model: nn.Module | None) -> None:
     """Compares the checkpoint's config.json and the shapes of its weights with the model, and loads its tokenizer."""
     if cfg.model._component_ == TRANSFORMERS:
         HFBackbone(cfg, torch.device("cpu"), DTYPES[cfg.dtype], 1)
-    elif model is not None:
-        config.instantiate(cfg.checkpointer).check(model)
-    elif cfg.model.get("path") != cfg.checkpoint_dir:  # else its fault has been said: the model is built from it
-        config.instantiate(cfg.checkpointer)
+    else:
+        checkpointer = config.instantiate(cfg.checkpointer)
+        if model is not None:
+            checkpointer.check(model)
     path = cfg.tokenizer.get("path")
     if path is not None and Path(path).is_dir():
         config.instantiate(cfg.tokenizer)

@@ -23,6 +23,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
@@ -30,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from pact_tune.conversations import one_line
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_folder, check_replaceable
+from pact_tune.log import progress
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -317,10 +319,14 @@ def _damage_as_user_error(file: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' remarks; the command says itself what it does."""
+    """Without transformers' remarks, and with our bar for its own; the command says itself what it does."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
+    module: Any = modeling_gguf_pytorch_utils
+    bar = module.tqdm
+    module.tqdm = lambda tensors, **_: progress(tensors, desc="Dequantising", unit="tensor")
     try:
         yield
     finally:
+        module.tqdm = bar
         transformers_logging.set_verbosity(before)
