@@ -1,15 +1,19 @@
 """`tune run` with a transformers model: exports, one process and two, resumption, what is refused."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+import transformers.utils
 import yaml
-from recipe import logged, tune_run, tune_run_processes, write_workspace
+from recipe import logged, tune_run, tune_run_processes, write_rows, write_workspace
 from safetensors.torch import load_file, save_file
-from test_recipe import assert_same_bits
+from test_hf_decoder import ARCHITECTURES
+from test_recipe import assert_same_bits, start
 from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,11 +23,8 @@ from pact_tune.tools import verify
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 # Beyond what transformers' defaults and tiny_model's sizes are.
-KINDS = {
-    "gemma3_text": {"sliding_window": 8},
-    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "qwen3_moe": {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
-}
+KINDS = ARCHITECTURES | {"phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}}
+TARGETS = {"qwen3_moe": "all-linear", "phi3": ["qkv_proj", "o_proj"]}
 
 
 def write_hf(directory: Path, architecture: str = "qwen2", **model) -> Path:
@@ -94,28 +95,76 @@ def workspace(tmp_path_factory) -> Path:
     return write_hf(tmp_path_factory.mktemp("hf"))
 
 
-@pytest.mark.parametrize("architecture", KINDS)
-def test_exports_reload_equal_and_are_verified(tmp_path, monkeypatch, architecture, capsys):
-    targets = "all-linear" if architecture == "qwen3_moe" else LORA["target_modules"]
-    targets = ["qkv_proj", "o_proj"] if architecture == "phi3" else targets
-    config = write_hf(tmp_path, architecture, target_modules=targets)
-    assert tune_run(monkeypatch, config, "epochs=2", "optimizer.lr=3e-2", "loss.preset=tail") is None
-    kl = logged(tmp_path / "out", "kl")
-    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-3
-    result, tokens = tmp_path / "out" / "epoch_1", torch.arange(5, 17)[None]
+def assert_exports_are_equal(directory: Path, result: Path) -> None:
+    """Merged checkpoint and adapter on the base are one model in transformers, and not the base."""
+    tokens = torch.arange(5, 17)[None]
     with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        base = AutoModelForCausalLM.from_pretrained(directory / "model")
         before = base(tokens).logits
         adapted = peft.PeftModel.from_pretrained(base, result / "adapter")(tokens).logits
         merged = AutoModelForCausalLM.from_pretrained(result)(tokens).logits
     torch.testing.assert_close(merged, adapted, atol=1e-4, rtol=1e-4)
     assert (merged - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_exports_reload_equal_and_are_verified(tmp_path, monkeypatch, architecture, capsys):
+    targets = TARGETS.get(architecture, LORA["target_modules"])
+    config = write_hf(tmp_path, architecture, target_modules=targets)
+    assert tune_run(monkeypatch, config, "epochs=2", "optimizer.lr=3e-2", "loss.preset=tail") is None
+    kl = logged(tmp_path / "out", "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-3
+    result = tmp_path / "out" / "epoch_1"
+    assert_exports_are_equal(tmp_path, result)
     assert verify.main([str(result), "--rows", "2"]) == 0
     assert "was trained with the constraint 'pact'" in capsys.readouterr().out
     file = result / "adapter" / "adapter_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
     with pytest.raises(Exception, match="is not the file"):
         verify.main([str(result), "--rows", "2"])
+
+
+def test_dora_also_on_layers_with_a_bias(workspace, tmp_path, monkeypatch):
+    """A result reloads equal, its magnitudes have moved, and a run on two processes is one on one."""
+    arguments = ["model.use_dora=True", "optimizer.lr=3e-2", "loss.preset=tail"]
+    assert tune_run(monkeypatch, workspace, *arguments, f"output_dir={tmp_path}/one") is None
+    assert_exports_are_equal(workspace.parent, tmp_path / "one" / "epoch_0")
+    assert verify.main([str(tmp_path / "one" / "epoch_0"), "--rows", "2"]) == 0
+    base = load_file(workspace.parent / "model" / "model.safetensors")
+    prefix = "base_model.model."
+    moved = 0.0
+    for name, magnitude in adapter_of(tmp_path / "one").items():
+        if name.endswith("lora_magnitude_vector"):
+            weight = base[name.removeprefix(prefix).removesuffix("lora_magnitude_vector") + "weight"]
+            moved = max(moved, (magnitude - weight.norm(dim=1)).abs().max().item())
+    assert moved > 1e-3
+    run = tune_run_processes(workspace, *arguments, f"output_dir={tmp_path}/two", "batch_size=2", processes=2)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for name in ("ce", "kl"):
+        assert logged(tmp_path / "two", name) == pytest.approx(logged(tmp_path / "one", name), abs=1e-4)
+
+
+def test_four_bits(workspace, tmp_path, monkeypatch):
+    """The frozen weights are really in NF4, and so are the reference's: KL starts at zero."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    quantized = []
+    original = HFDecoder.check_head
+
+    def spied(self):
+        quantized.extend(m for m in self.causal_lm.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
+        return original(self)
+
+    monkeypatch.setattr(HFDecoder, "check_head", spied)
+    arguments = ["model.load_in_4bit=True", "save_adapter_weights_only=True", "loss.preset=tail", "optimizer.lr=3e-2"]
+    assert tune_run(monkeypatch, workspace, *arguments, f"output_dir={tmp_path}/out", "epochs=2") is None
+    assert len(quantized) == 14  # all linear layers of two blocks
+    kl = logged(tmp_path / "out", "kl")
+    assert kl[0] == pytest.approx(0, abs=1e-5) and kl[-1] > 1e-3
+    whole = [*arguments[1:], f"output_dir={tmp_path}/whole", "epochs=2"]
+    assert tune_run(monkeypatch, workspace, *whole) is None
+    off = abs(logged(tmp_path / "whole", "ce")[0] - logged(tmp_path / "out", "ce")[0])
+    assert 1e-4 < off < 0.5  # rounded, and nothing worse
+    assert verify.main([str(tmp_path / "out" / "epoch_1"), "--rows", "2"]) == 0
 
 
 def test_two_processes_are_one(workspace, tmp_path):
@@ -138,26 +187,21 @@ def test_two_processes_are_one(workspace, tmp_path):
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-4)
 
 
-def test_a_resumed_run_ends_with_the_same_bits(workspace, tmp_path, monkeypatch):
-    arguments = ["epochs=2", "model.lora_dropout=0.2", "save_every_n_steps=3"]
+def test_a_killed_run_resumes_to_the_same_bits(workspace, tmp_path, monkeypatch):
+    rows = write_rows(tmp_path / "rows.jsonl", 100)
+    arguments = [f"dataset.source={rows}", "epochs=2", "model.lora_dropout=0.2", "save_every_n_steps=3"]
     assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/whole", *arguments) is None
-    original = HFDecoder.loss
-    steps = []
-
-    def dying(self, *rest):
-        steps.append(None)
-        if len(steps) == 6:
-            raise KeyboardInterrupt
-        return original(self, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(HFDecoder, "loss", dying)
-        assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/cut", *arguments) == 130
-    assert (
-        tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/cut", *arguments, "resume_from_checkpoint=True")
-        is None
-    )
-    assert_same_bits(adapter_of(tmp_path / "cut", 1), adapter_of(tmp_path / "whole", 1))
+    killed = [f"output_dir={tmp_path}/killed", *arguments]
+    state = tmp_path / "killed" / "recipe_state.pt"
+    process = start(workspace, *killed)
+    while not state.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 0 < torch.load(state, weights_only=True)["global_step"] < 50
+    assert tune_run(monkeypatch, workspace, *killed, "resume_from_checkpoint=True") is None
+    assert_same_bits(adapter_of(tmp_path / "killed", 1), adapter_of(tmp_path / "whole", 1))
 
 
 def test_training_goes_on_from_an_adapter_and_the_reference_lacks_it(workspace, tmp_path, monkeypatch):
@@ -202,6 +246,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_in_one_sentence(workspace, tmp_path, monkeypatch, case):
     overrides, expected = REFUSED[case]
+    monkeypatch.setattr(transformers.utils, "is_bitsandbytes_available", lambda: False)
     message = tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/out", *overrides)
     assert expected in message and message.count("\n") == 0
     assert not (tmp_path / "out" / "epoch_0").exists()
