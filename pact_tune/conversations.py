@@ -24,6 +24,7 @@ DATE = "26 Jul 2024"
 
 # Stands for an answer's text where only what a template writes around it is asked for.
 PLACEHOLDER = "b1c7placeholder7c1b"
+THINK, END_OF_THINKING = "<think>", "</think>"  # around the reasoning that an answer's text may begin with
 
 
 class RejectedChat(UserError):
@@ -202,7 +203,8 @@ def render_turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) ->
 
     Prompt and response are tokenized apart, as they are when a model answers, so that no token straddles the border. A
     response is all that the template writes from there to the end of the turn (of Qwen3 an empty ``<think>`` block too);
-    what follows the end-of-turn token (Qwen, Gemma: a newline) belongs to the prompt of the next turn. Without an
+    reasoning in a text that the template drops even there (DeepSeek R1's is written for the history alone) is put back, as
+    the model generates it. What follows the end-of-turn token (Qwen, Gemma: a newline) belongs to the prompt of the next turn. Without an
     end-of-turn token all of it is the response's.
 
     Args:
@@ -247,19 +249,27 @@ def _check_prompt(messages: list[Message], prompt: str) -> None:
 
 def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt: str) -> list[int]:
     """Ids of the last turn, from the end of ``prompt`` to its end-of-turn token."""
+    text = messages[-1]["content"]
     whole = _apply_template(tokenizer, messages, header=False)
-    if not whole.startswith(prompt):
+    # What surrounds the text is found with another text in its place: its own may hold anything, an end of turn too.
+    around = _apply_template(tokenizer, [*messages[:-1], {**messages[-1], "content": PLACEHOLDER}], header=False)
+    before, _, after = around.removeprefix(prompt).rpartition(PLACEHOLDER)
+    answer = whole.removeprefix(prompt)
+    if END_OF_THINKING in text and (answer == whole or _squeezed(text) not in _squeezed(answer)):
+        answer = _as_generated(text, prompt) + after
+    elif answer == whole:
+        if prompt.rstrip().endswith(THINK):
+            raise RejectedChat(
+                "The chat template prompts for reasoning, and this answer has none: begin its text with "
+                f"{THINK}...{END_OF_THINKING}, or use a template whose add_generation_prompt adds the assistant header alone."
+            )
         raise RejectedChat(
             "The chat template begins an answered assistant turn in another way than the one it prompts for, so "
             "responses cannot be located; use a template whose add_generation_prompt adds the assistant header alone."
         )
-    answer = whole[len(prompt) :]
-    if _squeezed(messages[-1]["content"]) not in _squeezed(answer):
+    elif _squeezed(text) not in _squeezed(answer):
         raise RejectedChat("The chat template drops or changes the text of an assistant turn.")
-    # What surrounds the text is found with another text in its place: its own may hold anything, an end of turn too.
-    around = _apply_template(tokenizer, [*messages[:-1], {**messages[-1], "content": PLACEHOLDER}], header=False)
-    before, _, after = around.removeprefix(prompt).rpartition(PLACEHOLDER)
-    if before.strip() and prompt == _apply_template(tokenizer, messages[:-1], header=False):
+    elif before.strip() and prompt == _apply_template(tokenizer, messages[:-1], header=False):
         raise RejectedChat(
             f"The chat template ignores add_generation_prompt: it begins an answer with {before!r} but does not prompt for "
             "one with it, so the header would be trained; use a template that writes it for add_generation_prompt=True."
@@ -268,6 +278,14 @@ def _answer(tokenizer: PreTrainedTokenizerBase, messages: list[Message], prompt:
         raise RejectedChat("The chat template ends this assistant turn in another way than others.")
     ids = encode(tokenizer, answer)
     return ids[: len(ids) - _behind_end_of_turn(tokenizer, after)]
+
+
+def _as_generated(text: str, prompt: str) -> str:
+    """What a model writes of an answer with reasoning: of its ``<think>`` what the prompt does not hold already."""
+    opened = prompt.rpartition(THINK)
+    if not opened[1] or opened[2].strip():
+        return text
+    return text.lstrip().removeprefix(THINK).removeprefix(opened[2])
 
 
 def _squeezed(text: str) -> str:

@@ -241,11 +241,32 @@ def test_a_template_that_drops_earlier_reasoning_gives_one_conversation_a_turn(t
         render(tokenizer, chat)
 
 
+@pytest.mark.parametrize("prompts", [False, True])
+def test_reasoning_that_a_template_drops_from_all_turns_is_trained_as_it_is_generated(tmp_path, prompts):
+    """DeepSeek R1's template is written for the history; a later one prompts with <think>, too."""
+    template = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+    if prompts:
+        template = template.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>\\n'")
+    tokenizer = of_template(tmp_path, template)
+    texts = ["<think>\nWet.\n</think>\n\nWater.", "<think>\nDry.\n</think>\n\nSand."]
+    chat = [USER, {"role": "assistant", "content": texts[0]}, USER, {"role": "assistant", "content": texts[1]}]
+    conversations = render_turns(tokenizer, chat)
+    for conversation, messages, text in zip(conversations, (chat[:1], chat[:3]), texts, strict=True):
+        ((start, end),) = conversation.responses
+        assert conversation.tokens[:start] == render_prompt(tokenizer, messages) and end == len(conversation.tokens)
+        generated = text.removeprefix("<think>\n") if prompts else text
+        assert tokenizer.decode(conversation.tokens[start:]) == generated + "<|im_end|>"
+    assert "Wet." not in tokenizer.decode(conversations[1].tokens)
+    if prompts:
+        with pytest.raises(RejectedChat, match="prompts for reasoning, and this answer has none"):
+            render_turns(tokenizer, [USER, ANSWER])
+    else:
+        assert render(tokenizer, [USER, ANSWER]).responses
+
+
 @pytest.mark.parametrize(
     ("change", "role", "chat"),
     [
-        ("message['content'].split('</think>')[-1]", "assistant",
-         [USER, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}]),
         ("(message['content'] | tojson)", "assistant", [USER, {"role": "assistant", "content": 'Say "no".'}]),
         ("('' if message['role'] == 'system' else message['content'])", "system", [SYSTEM, USER, ANSWER]),
         ("message['content'][:20]", "user", [USER, {"role": "assistant", "content": "Yes."}]),
@@ -364,7 +385,7 @@ def test_logits_before_a_token_predict_it(tmp_path, architecture):
 
 
 def test_a_generation_prompt_that_answered_turns_lack_is_refused(tmp_path):
-    tokenizer = of_template(tmp_path, CHAT_TEMPLATE.replace("assistant\\n", "assistant\\n<think>\\n"))
+    tokenizer = of_template(tmp_path, CHAT_TEMPLATE.replace("assistant\\n", "assistant\\nAnswer: "))
     with pytest.raises(UserError, match="begins an answered assistant turn in another way"):
         render(tokenizer, CHATS["one turn"])
 
