@@ -65,13 +65,14 @@ class Analysis:
             step (int): optimiser steps done.
             epoch (int): epochs done; 0: the initial model.
         """
+        training = self.decoder.model.training
         self.decoder.model.eval()
         probability, logits = self._on_prompts()
         records: list[Record] = [{"kind": "confidence", "step": step, "probability": probability}]
         records += [{"kind": "logits", "epoch": epoch, "t": t, "mean": mean} for t, mean in enumerate(logits)]
         for source, rows in self.samples.items():
             records += [{"kind": "sample", "step": step, "source": source, **self._of_row(row)} for row in rows]
-        self.decoder.model.train()
+        self.decoder.model.train(training)
         if self.folder is not None:
             write_analysis(self.folder, records)
 

@@ -114,11 +114,13 @@ class ChatDataset:
         conversations (list[Conversation]): each with at least one response.
         counts (list[Counts]): one entry a source.
         sources (list[int]): which of them each conversation comes from.
+        section (dict[str, Any] | None): the config's section that reads the same rows; None of rows that lay in memory.
     """
 
     conversations: list[Conversation]
     counts: list[Counts]
     sources: list[int]
+    section: dict[str, Any] | None = None
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -180,6 +182,9 @@ def chat_dataset(
     Raises:
         UserError: no such file, an unknown layout, or fewer usable rows than asked for.
     """
+    given = {
+        key: value for key, value in locals().items() if key not in ("tokenizer", "progress") and value is not None
+    }
     for key, value in (("n", n), ("max_seq_len", max_seq_len)):
         if value is not None and not (type(value) is int and value >= 1):
             raise UserError(f"dataset.{key} is {value!r}; it must be a whole number from 1, or null for no limit.")
@@ -215,7 +220,13 @@ def chat_dataset(
     order = list(range(len(conversations)))
     if mixed:
         rng.shuffle(order)
-    return ChatDataset([conversations[i] for i in order], all_counts, [sources[i] for i in order])
+    section = {"_component_": "pact_tune.chat_dataset", **given, "source": _as_written(source)}
+    return ChatDataset([conversations[i] for i in order], all_counts, [sources[i] for i in order], section)
+
+
+def _as_written(source: Source) -> str | list[str]:
+    """A source as a config names it."""
+    return str(source) if isinstance(source, str | Path) else [str(part) for part in source]
 
 
 def chat_rows(
@@ -224,6 +235,7 @@ def chat_rows(
     title: str,
     columns: Mapping[str, str] | None = None,
     max_seq_len: int | None = None,
+    audit: Mapping[str, Any] | None = None,
 ) -> ChatDataset:
     """Tokenizes rows that lie in memory, in their order; see :func:`chat_dataset`.
 
@@ -233,6 +245,7 @@ def chat_rows(
         title (str): what they are called in messages.
         columns (Mapping[str, str] | None): which column holds what.
         max_seq_len (int | None): rows of more tokens are left out, and counted.
+        audit (Mapping[str, Any] | None): as in :func:`chat_dataset`.
 
     Returns:
         ChatDataset: the conversations.
@@ -241,7 +254,7 @@ def chat_rows(
         UserError: an unknown layout, or no row that can be trained on.
     """
     numbered = [(f"row {number}", dict(row)) for number, row in enumerate(rows)]
-    reader = _Reader(tokenizer, None, max_seq_len, progress=True)
+    reader = _Reader(tokenizer, None, max_seq_len, True, None if audit is None else _audit(audit))
     conversations, counts = reader.take_from(numbered, _Source(title, columns=columns), None)
     if not conversations:
         raise UserError(f"No row can be trained on: {counts}.")

@@ -8,13 +8,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from recipe import logged, tune_run
+from recipe import logged, tune_run, write_rows
 from safetensors.torch import load_file
 from test_hf_recipe import LORA, write_hf
 from transformers import AutoModelForCausalLM
 
-from pact_tune import load_tokenizer
+from pact_tune import chat_dataset, load_tokenizer
+from pact_tune.data import audited_rows
 from pact_tune.errors import UserError
+from pact_tune.evaluation.records import read_analysis
 from pact_tune.hf import PACTTrainer, PACTTrainingConfig
 from pact_tune.objectives import Objective, sft
 from pact_tune.tools import verify
@@ -136,6 +138,53 @@ def test_a_fresh_adapter_and_a_reference_that_keeps_the_initial_one_start_at_zer
     assert all(torch.equal(p, frozen[n]) for n, p in kept.model.named_parameters() if ".reference." in n)
 
 
+@pytest.mark.parametrize("action", ["report", "drop", "constraint_only"])
+def test_rows_that_the_aligned_model_would_have_refused(workspace, initial, tmp_path, monkeypatch, action):
+    """As in the recipe; the whole first step is of such rows, so with "constraint_only" nothing is trained there."""
+    rows, _ = audited_rows(str(workspace / "rows.jsonl"))
+    verdicts = [{"key": row.key, "verdict": "refused" if i < 5 else "answered"} for i, row in enumerate(rows)]
+    head = {"format": 1, "settings": {}, "rows": len(rows)}
+    file = tmp_path / "audit.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in [head, *verdicts]))
+    section = {"file": str(file), "action": action}
+    overrides = [f"dataset.audit.{key}={value}" for key, value in section.items()]
+    overrides += [f"output_dir={tmp_path}/recipe", f"model.adapter={initial}", *PARITY[:2], "epochs=1"]
+    assert tune_run(monkeypatch, workspace / "config.yaml", *overrides) is None
+    args = arguments(workspace, tmp_path / "trl", audit=section, num_train_epochs=1)
+    run = trainer(workspace, args, lora_model(workspace, initial))
+    assert len(run.train_dataset) == (11 if action == "drop" else 16)
+    run.train()
+    for name in ("ce", "kl", "loss"):
+        expected = logged(tmp_path / "recipe", name)
+        assert len(expected) == (3 if action == "drop" else 4)
+        assert history(run, name) == pytest.approx(expected, abs=1e-4), name
+    assert (history(run, "ce")[0] == 0) == (action == "constraint_only") and history(run, "kl")[0] > 1e-3
+
+
+def test_records_of_the_figures_and_a_stamp_that_names_its_rows(workspace, initial, tmp_path, monkeypatch, capsys):
+    prompts = write_rows(tmp_path / "prompts.jsonl", 5)
+    section = {"source": str(prompts), "safety_tokens": str(workspace / "safety_tokens"), "rows": 3}
+    overrides = [f"analysis.{key}={value}" for key, value in section.items()]
+    overrides += [f"output_dir={tmp_path}/recipe", f"model.adapter={initial}", *PARITY]
+    assert tune_run(monkeypatch, workspace / "config.yaml", *overrides) is None
+    rows = chat_dataset(load_tokenizer(str(workspace / "model")), workspace / "rows.jsonl")
+    weights = []
+    for name, analysis in (("with", section), ("without", None)):
+        args = arguments(workspace, tmp_path / name, analysis=analysis)
+        run = trainer(workspace, args, lora_model(workspace, initial), train_dataset=rows)
+        run.train()
+        run.save_model(str(tmp_path / name / "final"))
+        weights.append(load_file(tmp_path / name / "final" / "adapter_model.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    found, expected = (read_analysis(tmp_path / name) for name in ("with", "recipe"))
+    assert found.keys() == expected.keys() and [r["step"] for r in found["confidence"]] == [0, 4, 8]
+    for kind, records in expected.items():
+        for ours, theirs in zip(found[kind], records, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+    assert verify.main([str(tmp_path / "with" / "final"), "--rows", "2"]) == 0
+    assert "was trained with the constraint 'pact'" in capsys.readouterr().out
+
+
 REFUSED = {
     "no objective": ({"objective": None}, {}, "objective="),
     "an unknown key": ({"objective": {"lambda_k": 1}}, {}, "lambda_kl"),
@@ -144,6 +193,8 @@ REFUSED = {
     "metrics of logits": ({}, {"compute_metrics": print}, "compute_metrics"),
     "no adapter": ({}, {"peft_config": None}, "peft_config"),
     "no such method": ({"objective": {"_component_": "pact_tune.objectives.pakt"}}, {}, "cannot be imported"),
+    "an unknown key of the figures": ({"analysis": {"source": "x", "safety_tokens": "y", "row": 3}}, {}, "rows"),
+    "an audit that is not there": ({"audit": {"file": "nowhere.jsonl"}}, {}, "does not exist"),
     "a lazy cache": ({"reference_cache": {"lazy": True}}, {}, "lazy"),
 }
 

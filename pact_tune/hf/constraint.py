@@ -4,6 +4,7 @@ Trainers of transformers (TRL's, Axolotl's) call a loss with a model and a batch
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,25 @@ import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import cached_file
 
 from pact_tune.adapters import CONFIG, WEIGHTS, read_adapter
+from pact_tune.analysis import Analysis
 from pact_tune.batching import Batch, collate
 from pact_tune.components import build_objective
-from pact_tune.config import ReferenceCacheSettings, defaults, settings
+from pact_tune.config import AnalysisSettings, ReferenceCacheSettings, defaults, settings
 from pact_tune.conversations import Conversation, response_only_prefix, tokenizer_fingerprint
 from pact_tune.data import ChatDataset
 from pact_tune.errors import UserError
+from pact_tune.evaluation.records import ANALYSIS_FILE
 from pact_tune.fingerprints import fingerprint, model_fingerprint
 from pact_tune.hf.decoder import HFDecoder, causal_lm_of
 from pact_tune.hf.model import checkpoint_names, trained_parameters
@@ -73,6 +83,7 @@ class Constraint:
         data (Sequence[ChatDataset]): what is trained on, then what is evaluated on.
         reference_cache (Mapping[str, Any] | None): as in the recipe; None: computed in every step.
         initial (bool): the reference keeps the adapter that training goes on from.
+        analysis (Mapping[str, Any] | None): as in the recipe; None: nothing is recorded.
 
     Raises:
         UserError: settings that are wrong, an objective that needs the recipe, or a model without an adapter.
@@ -87,6 +98,7 @@ class Constraint:
         data: Sequence[ChatDataset],
         reference_cache: Mapping[str, Any] | None,
         initial: bool = False,
+        analysis: Mapping[str, Any] | None = None,
     ) -> None:
         causal_lm = causal_lm_of(model)
         self.tokenizer, self.model, self.data, self.initial = tokenizer, model, data, initial
@@ -99,8 +111,8 @@ class Constraint:
         ]
         folder = ModelFolder(self.folder, "the model")
         vocabulary, adapted = self.text_config.vocab_size, dict(zip(modules, modules, strict=True))
-        context = Context(tokenizer, vocabulary, self.device, self.weights_hash, folder, adapted)
-        self.objective: Objective = build_objective(section, context, where)
+        self.context = Context(tokenizer, vocabulary, self.device, self.weights_hash, folder, adapted)
+        self.objective: Objective = build_objective(section, self.context, where)
         self.section = dict(section)
         for note in self.objective.notes:
             logger.info(note)
@@ -113,6 +125,10 @@ class Constraint:
                 raise UserError(
                     "reference_cache.lazy needs the recipe's loop: set it to False, or reference_cache to null."
                 )
+        self.analysis_options = None
+        if analysis is not None:
+            self.analysis_options = AnalysisSettings(**settings(AnalysisSettings, analysis, "analysis"))
+        self.analysis: Analysis | None = None
         self.rows = [row for part in data for row in part.conversations]
         self._row_of = {row.key: number for number, row in enumerate(self.rows)}
         if initial:
@@ -154,7 +170,10 @@ class Constraint:
 
     @staticmethod
     def columns(part: ChatDataset) -> dict[str, list[list[int]]]:
-        """Rows as trainers hold them: input_ids, and labels of -100 where nothing is trained."""
+        """Rows as trainers hold them: input_ids, and labels of -100 outside the responses.
+
+        Also of rows that are only constrained: trainers leave out those without a label.
+        """
         return {
             "input_ids": [row.tokens for row in part.conversations],
             "labels": [_labels(row) for row in part.conversations],
@@ -173,7 +192,7 @@ class Constraint:
         rows = [self.number(ids, labels) for example in examples for ids, labels in documents(example)]
         conversations = [self.rows[row] for row in rows]
         width = max(len(row.tokens) for row in conversations)
-        labels = [_labels(row) for row in conversations]
+        labels = [_labels(row) if row.ce_weight else [-100] * len(row.tokens) for row in conversations]
         return {
             "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
             "rows": rows,
@@ -188,8 +207,6 @@ class Constraint:
         """
         row = Conversation(ids, spans(labels))
         number = self._row_of.get(row.key)
-        if number is None:  # with weights of 0 the labels do not tell
-            number = next((n for n, known in enumerate(self.rows) if known.tokens == ids), None)
         if number is None:
             raise UserError(
                 "A batch holds a row that the trainer was not given: rows must not be cut or changed on the way."
@@ -264,18 +281,22 @@ class Constraint:
         Returns:
             torch.Tensor: scalar.
         """
+        assert self.decoder is not None
+        self.decoder.model = model
+        loss, terms = self._terms(rows, batch.to(self.device))
+        tokens = torch.stack([batch.ce_weight.sum(), batch.weight.sum()]).to(self.device)
+        sums = torch.cat([terms, tokens]).double()
+        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
+        return loss * scale
+
+    def _terms(self, rows: list[int], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and terms of a batch on the model's device, summed over positions."""
         assert self.decoder is not None and self.reference is not None
-        batch = batch.to(self.device)
         reference = self.reference.read(rows)
         if self.objective.weigh is not None:
             factor = self.objective.weigh(reference["full"], batch.position, batch.row)
             batch = dataclasses.replace(batch, weight=batch.weight * factor)
-        self.decoder.model = model
-        loss, terms = self.decoder.loss(batch, self.objective, reference, 1.0)
-        tokens = batch.ce_weight.sum()
-        sums = torch.cat([terms, tokens[None]]).double()
-        self._sums[mode] = self._sums[mode] + sums if mode in self._sums else sums
-        return loss * scale
+        return self.decoder.loss(batch, self.objective, reference, 1.0)
 
     def trainer_loss(
         self, trainer: Trainer, model: nn.Module, rows: list[int], batch: Batch, items: torch.Tensor | int | None
@@ -295,9 +316,10 @@ class Constraint:
         if self.decoder is None:
             dtype = torch.bfloat16 if trainer.args.bf16 else causal_lm_of(self.model).dtype
             self.open(model, dtype)
+            self._start_analysis(trainer)
         scale: float | torch.Tensor
         if items is None:
-            scale = 1.0 / max(batch.ce_weight.sum().item(), 1.0)
+            scale = 1.0 / max(batch.ce_weight.sum().item() or batch.weight.sum().item(), 1.0)
         else:
             scale = 1.0 / torch.as_tensor(items).clamp(min=1)
             if trainer.args.average_tokens_across_devices:  # counted on all processes, whose gradients are averaged
@@ -319,12 +341,62 @@ class Constraint:
         sums = self._sums.pop(mode)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        *terms, tokens = sums.tolist()
-        means = {name: term / max(tokens, 1) for name, term in zip(self.objective.names, terms, strict=True)}
+        *terms, trained, constrained = sums.tolist()
+        tokens = trained or constrained or 1
+        means = {name: term / tokens for name, term in zip(self.objective.names, terms, strict=True)}
         means["loss"] = self.objective.total(means)
         if mode == "train":
             self.final = dict(means)
         return means
+
+    def items(self, counted: torch.Tensor | int | None, batches: Sequence[Any], trainer: Trainer) -> Any:
+        """What a step's sums are divided by: its trained tokens; where none is trained, the constrained ones.
+
+        Args:
+            counted (torch.Tensor | int | None): trained tokens of the step, by the trainer; of all processes.
+            batches (Sequence[Any]): of the step, on this process, each with what :meth:`collate` gives.
+            trainer (Trainer): whose step it is.
+
+        Returns:
+            Any: ``counted``, or a number in its place.
+        """
+        if counted is None or int(counted) > 0:
+            return counted
+        tokens = torch.stack([batch["batch"].weight.sum() for batch in batches]).sum()
+        if trainer.args.average_tokens_across_devices:
+            tokens = trainer.accelerator.gather(tokens.to(self.device)).sum()
+        return tokens
+
+    # Analysis --------------------------------------------------------------------------------------------------------
+
+    def _start_analysis(self, trainer: Trainer) -> None:
+        """Records of the initial model, and of each epoch's end to come; none while the trainer only evaluates."""
+        options = self.analysis_options
+        if options is None or trainer.model is None or not trainer.model.training:
+            return
+        assert self.decoder is not None and self.reference is not None
+        folder = Path(str(trainer.args.output_dir))
+        train = self.data[0]
+
+        def loss(rows: list[int], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+            batch = collate([self.rows[row] for row in rows], self.tokenizer.pad_token_id)
+            return self._terms(rows, batch.to(self.device))
+
+        self.analysis = Analysis(
+            options, self.context, self.decoder, train, range(len(train)), self.objective, loss, self.reference,
+            folder if trainer.args.process_index == 0 else None,
+        )  # fmt: skip
+        trainer.add_callback(_AtEpochEnd(self))
+        if trainer.state.global_step == 0:
+            if self.analysis.folder is not None:
+                (folder / ANALYSIS_FILE).unlink(missing_ok=True)  # another run's
+            self.look(0, 0)
+
+    def look(self, step: int, epoch: int) -> None:
+        """Writes the records of one moment; all ranks must call it."""
+        assert self.decoder is not None and self.analysis is not None
+        self.decoder.model = self.model  # not DDP's wrapper
+        self.analysis.look(step, epoch)
 
     # Results ---------------------------------------------------------------------------------------------------------
 
@@ -367,16 +439,25 @@ class Constraint:
                 "renamed": checkpoint_names(causal_lm_of(self.model), weights),
                 "final": self.final,
                 "validation": {},
-                "config": {"dataset": None, "loss": self.section, **arguments},
+                "config": {"dataset": train.section, "loss": self.section, **arguments},
             },
         )
 
 
+class _AtEpochEnd(TrainerCallback):
+    def __init__(self, constraint: Constraint) -> None:
+        self.constraint = constraint
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.constraint.look(state.global_step, math.ceil(state.epoch or 0))
+
+
 def _labels(row: Conversation) -> list[int]:
     labels = [-100] * len(row.tokens)
-    if row.ce_weight:
-        for start, end in row.responses:
-            labels[start:end] = row.tokens[start:end]
+    for start, end in row.responses:
+        labels[start:end] = row.tokens[start:end]
     return labels
 
 

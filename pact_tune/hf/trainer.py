@@ -33,9 +33,12 @@ class PACTTrainingConfig(SFTConfig):
         reference_cache (dict[str, Any] | str | None): the recipe's section of that name; None computes the reference in
             every step.
         reference (str): "base" is the model without an adapter; "initial" keeps the adapter that training goes on from.
+        audit (dict[str, Any] | str | None): the recipe's section ``dataset.audit``: what becomes of rows of
+            ``train_dataset`` that the aligned model would have refused.
+        analysis (dict[str, Any] | str | None): the recipe's section of that name: records for the paper's figures.
     """
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "objective", "reference_cache"]
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "objective", "reference_cache", "audit", "analysis"]
 
     objective: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Settings of the objective, as in the recipe's section loss."}
@@ -45,6 +48,12 @@ class PACTTrainingConfig(SFTConfig):
     )
     reference: Literal["base", "initial"] = field(
         default="base", metadata={"help": "Whether the reference keeps the adapter that training goes on from."}
+    )
+    audit: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "file and action, as in the recipe's section dataset.audit."}
+    )
+    analysis: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "source, safety_tokens and rows, as in the recipe's section analysis."}
     )
 
 
@@ -82,7 +91,8 @@ class PACTTrainer(SFTTrainer):
         tokenizer = processing_class or load_tokenizer(name)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        train = _rows(tokenizer, train_dataset, "train_dataset", args)
+        audit: Any = args.audit
+        train = _rows(tokenizer, train_dataset, "train_dataset", args, audit)
         held_out = None if eval_dataset is None else _rows(tokenizer, eval_dataset, "eval_dataset", args)
         super().__init__(
             model=model,
@@ -104,12 +114,17 @@ class PACTTrainer(SFTTrainer):
             [train, *([] if held_out is None else [held_out])],
             settings.reference_cache,
             settings.reference == "initial",
+            settings.analysis,
         )
         self.data_collator = self._collate
         self.model_accepts_loss_kwargs = True  # our loss is divided by the tokens of the whole step
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return self.constraint.collate(examples, self.padding_free)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        counted = super()._get_num_items_in_batch(batch_samples, device)
+        return self.constraint.items(counted, batch_samples, self)
 
     def compute_loss(
         self,
@@ -145,9 +160,15 @@ class PACTTrainer(SFTTrainer):
 
 
 def _rows(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset | ChatDataset, title: str, args: PACTTrainingConfig
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | ChatDataset,
+    title: str,
+    args: PACTTrainingConfig,
+    audit: dict[str, Any] | None = None,
 ) -> ChatDataset:
     if isinstance(dataset, ChatDataset):
+        if audit is not None:
+            raise UserError(f"{title} is a ChatDataset, whose rows are chosen: give audit to chat_dataset instead.")
         if (
             args.max_length is not None
             and (longest := max(len(c.tokens) for c in dataset.conversations)) > args.max_length
@@ -157,7 +178,7 @@ def _rows(
                 "max_seq_len of chat_dataset to leave longer ones out."
             )
         return dataset
-    rows = chat_rows(tokenizer, dataset, title, max_seq_len=args.max_length)
+    rows = chat_rows(tokenizer, dataset, title, max_seq_len=args.max_length, audit=audit)
     for counts in rows.counts:
         logger.info(f"Data: {counts}")
     return rows
