@@ -1,12 +1,20 @@
-"""Ratios of time: transformers' backbone to torchtune's, and TRL with the constraint (warm cache) to plain SFTTrainer.
+"""Transformers' backbone against torchtune's, and TRL with the constraint (warm cache) against plain SFTTrainer.
 
-    python -m benchmarks.backbones [--steps 20]
+    python -m benchmarks.backbones [--rounds 9] [--shapes qwen2.5 llama]
 
-Both members of a pair run the same tiny Qwen2 on the same rows, in turns, in one process; the median of a step counts.
+Both members of a pair train the same random model of a published model's proportions on the same rows, on one thread, in
+turns in one process; the ratio of their CPU times within a round counts. Peak memory is measured in a process of its own
+for each. docs/performance.md has the numbers.
 """
 
 import argparse
+import gc
+import json
+import platform
+import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +25,13 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks.step import _peak, _reset_peak, _resident
 from pact_tune.batching import collate
 from pact_tune.conversations import load_tokenizer
-from pact_tune.data import chat_rows
+from pact_tune.data import ChatDataset, chat_rows
 from pact_tune.decoder import Decoder
 from pact_tune.demo import demo_family_path
 from pact_tune.hf import PACTTrainer, PACTTrainingConfig, causal_lm
@@ -33,104 +42,169 @@ from pact_tune.torchtune import from_checkpoint, lora
 from pact_tune.torchtune.checkpoint import HFCheckpointer
 from pact_tune.torchtune.decoder import TorchtuneDecoder
 
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MODULES = ["q_proj", "v_proj"]  # the released code's
 CPU = torch.device("cpu")
+ROWS, STEPS = 4, 3  # rows of a step; steps of a trainer in a round, the first of which does not count
+# Width, feed-forward and heads in the proportions of Qwen2.5-7B and Llama-3.1-8B, with fewer and narrower layers.
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5": {"model_type": "qwen2", "hidden_size": 448, "intermediate_size": 2368, "num_attention_heads": 7,
+                "num_key_value_heads": 1, "rope_theta": 1e6},
+    "llama": {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
+              "num_key_value_heads": 2, "rope_theta": 5e5},
+}  # fmt: skip
+SHARED = {"num_hidden_layers": 16, "vocab_size": 8192, "tie_word_embeddings": False, "max_position_embeddings": 1024}
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step."""
+    """CPU seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start = time.perf_counter()
+        self.start = time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.perf_counter() - self.start)
+        self.seconds.append(time.process_time() - self.start)
 
 
-def rows() -> list[dict[str, str]]:
-    """Rows of about 60 tokens."""
-    text = "What is the sum of these numbers, and how is it found? "
-    return [{"prompt": f"{i}: {text}", "completion": f"It is {i}. {text}"} for i in range(64)]
+def write_model(folder: Path, shape: str) -> Path:
+    """A random model with the demo family's tokenizer."""
+    tokenizer = load_tokenizer(str(demo_family_path() / "aligned"))
+    tokenizer.model_max_length = SHARED["max_position_embeddings"]
+    tokenizer.save_pretrained(folder)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    settings = SHAPES[shape] | SHARED | ids
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
 
 
-def backbones(folder: Path, steps: int) -> float:
-    """Time of a step of plain SFT with transformers, in times of torchtune's."""
+def rows(tokenizer: Any) -> ChatDataset:
+    """Rows of about 110 tokens of prompt and 100 of response."""
+    text = "What is the sum of these numbers, and how is it found? " * 5
+    some = [{"prompt": f"{i}: {text}", "completion": f"It is {i}. {text}"} for i in range(ROWS * STEPS)]
+    return chat_rows(tokenizer, some, "rows")
+
+
+def backbone_step(name: str, folder: Path) -> Callable[[], None]:
+    """Forward and backward of plain SFT with one backbone."""
     tokenizer = load_tokenizer(str(folder))
-    batch = collate(chat_rows(tokenizer, rows(), "rows").conversations[:8], tokenizer.pad_token_id)
+    batch = collate(rows(tokenizer).conversations[:ROWS], tokenizer.pad_token_id)
     objective = sft(Context(tokenizer, 0))
-    theirs = from_checkpoint(str(folder), ["q_proj", "k_proj", "v_proj", "output_proj"], lora_rank=8, lora_alpha=16)
-    set_trainable_params(theirs, get_adapter_params(theirs))
-    base = HFCheckpointer(str(folder), "unused").load()
-    lora.fill(theirs, base, lora.initial_adapter(theirs, base, 0), CPU)
-    ours = causal_lm(str(folder), r=8, target_modules=MODULES).load(torch.float32, torch.float32, 0, CPU)
-    decoders: list[Decoder] = [
-        TorchtuneDecoder(theirs, tokenizer.pad_token_id, CPU),
-        HFDecoder(ours, tokenizer.pad_token_id, CPU),
-    ]
-    seconds: list[list[float]] = [[], []]
-    for _ in range(steps):
-        for decoder, times in zip(decoders, seconds, strict=True):
-            start = time.perf_counter()
-            decoder.loss(batch, objective, {}, 1.0)[0].backward()
-            times.append(time.perf_counter() - start)
-    torchtune, transformers = map(statistics.median, seconds)
-    return transformers / torchtune
+    decoder: Decoder
+    if name == "torchtune":
+        theirs = from_checkpoint(str(folder), MODULES, lora_rank=8, lora_alpha=16)
+        set_trainable_params(theirs, get_adapter_params(theirs))
+        base = HFCheckpointer(str(folder), "unused").load()
+        lora.fill(theirs, base, lora.initial_adapter(theirs, base, 0), CPU)
+        decoder = TorchtuneDecoder(theirs, tokenizer.pad_token_id, CPU)
+    else:
+        ours = causal_lm(str(folder), r=8, target_modules=MODULES).load(torch.float32, torch.float32, 0, CPU)
+        decoder = HFDecoder(ours, tokenizer.pad_token_id, CPU)
+    return lambda: decoder.loss(batch, objective, {}, 1.0)[0].backward()
 
 
-def trainers(folder: Path, out: Path, steps: int) -> float:
-    """Time of a step of TRL with PACT's tail preset and a warm cache, in times of plain SFTTrainer's."""
+def trainer(name: str, folder: Path, out: Path) -> SFTTrainer:
+    """Plain SFTTrainer, or ours with the preset tail and a cache in ``out``."""
     tokenizer = load_tokenizer(str(folder))
-    common: dict[str, Any] = {
-        "per_device_train_batch_size": 8, "max_steps": steps, "use_cpu": True, "bf16": False, "report_to": "none",
-        "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
+    arguments: dict[str, Any] = {
+        "per_device_train_batch_size": ROWS, "max_steps": STEPS, "use_cpu": True, "bf16": False, "report_to": "none",
+        "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1,
     }  # fmt: skip
-    columns = Dataset.from_dict(Constraint.columns(chat_rows(tokenizer, rows(), "rows")))
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    shared: dict[str, Any] = {"processing_class": tokenizer, "peft_config": LoraConfig(r=8, target_modules=MODULES)}
+    data = rows(tokenizer)
+    if name == "plain":
+        columns = Dataset.from_dict(Constraint.columns(data))
+        return SFTTrainer(model, SFTConfig(str(out), **arguments), train_dataset=columns, **shared)
     objective = {"safety_tokens": str(demo_family_path() / "safety_tokens"), "preset": "tail", "k": 12}
     cache = {"directory": str(out / "cache")}
-
-    def plain() -> SFTTrainer:
-        return SFTTrainer(
-            model(),
-            SFTConfig(str(out), **common),
-            train_dataset=columns,
-            processing_class=tokenizer,
-            peft_config=adapter(),
-        )
-
-    def constrained() -> SFTTrainer:
-        args = PACTTrainingConfig(str(out), objective=objective, reference_cache=cache, **common)
-        return PACTTrainer(model(), args, Dataset.from_list(rows()), processing_class=tokenizer, peft_config=adapter())
-
-    def model() -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    def adapter() -> LoraConfig:
-        return LoraConfig(r=8, target_modules=MODULES)
-
-    seconds = [_timed(build) for build in (constrained, plain, constrained, plain)]  # the first fills the cache
-    return statistics.median(seconds[2][1:]) / statistics.median(seconds[1][1:] + seconds[3][1:])
+    settings = PACTTrainingConfig(str(out), objective=objective, reference_cache=cache, **arguments)
+    return PACTTrainer(model, settings, data, **shared)
 
 
-def _timed(build: Callable[[], SFTTrainer]) -> list[float]:
-    trainer, clock = build(), Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    return clock.seconds
+def trainer_step(name: str, folder: Path, out: Path) -> Callable[[], float]:
+    """Trains anew for some steps, and gives the CPU time of the later ones."""
+
+    def train() -> float:
+        run, clock = trainer(name, folder, out), Clock()
+        run.add_callback(clock)
+        run.train()
+        return statistics.median(clock.seconds[1:])
+
+    return train
+
+
+def timed(step: Callable[[], None]) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+
+    return seconds
+
+
+def compare(members: dict[str, Callable[[], float]], rounds: int) -> dict[str, Any]:
+    """Ratio of the second member to the first within each round, after a round that does not count."""
+    ratios, times = [], []
+    base, other = members
+    for number in range(rounds + 1):
+        found = {name: members[name]() for name in random.sample(list(members), 2)}
+        if number:
+            ratios.append(found[other] / found[base])
+            times.append(found[base])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {"rounds": rounds, "ratio": middle, "quartiles": [low, high], "seconds": statistics.median(times)}
+
+
+def memory(name: str, folder: Path, out: Path) -> float:
+    """MB that a step needs beyond the weights; to be run in a process of its own."""
+    if name in ("torchtune", "transformers"):
+        step = backbone_step(name, folder)
+        work: Callable[[], Any] = step
+    else:
+        run = trainer(name, folder, out)
+        work = run.train
+    gc.collect()
+    before = _resident("cpu")
+    _reset_peak("cpu")
+    work()
+    return _peak("cpu") - before
+
+
+def memory_in_a_process(name: str, folder: Path, out: Path) -> float:
+    command = [sys.executable, "-m", "benchmarks.backbones", "--memory-of", name, str(folder), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
-    steps = parser.parse_args().steps
-    folder = demo_family_path() / "aligned"
-    print(f"transformers / torchtune, a step of SFT: {backbones(folder, steps):.3f}")
-    with tempfile.TemporaryDirectory() as out:
-        print(
-            f"TRL with the constraint (tail, warm cache) / plain SFTTrainer: {trainers(folder, Path(out), steps):.3f}"
-        )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.memory_of:
+        name, folder, out = args.memory_of
+        print(memory(name, Path(folder), Path(out)))
+        return
+    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, fp32, one thread")
+    for shape in args.shapes:
+        with tempfile.TemporaryDirectory() as work:
+            folder, out = write_model(Path(work) / "model", shape), Path(work)
+            pairs: dict[str, dict[str, Callable[[], float]]] = {
+                "transformers / torchtune": {n: timed(backbone_step(n, folder)) for n in ("torchtune", "transformers")},
+                "A/A": {n: timed(backbone_step("torchtune", folder)) for n in ("torchtune", "again")},
+                "TRL, constraint / plain": {n: trainer_step(n, folder, out) for n in ("plain", "constraint")},
+            }
+            for pair, members in pairs.items():
+                print(json.dumps({"shape": shape, "pair": pair, **compare(members, args.rounds)}), flush=True)
+            for name in ("torchtune", "transformers", "plain", "constraint"):
+                megabytes = memory_in_a_process(name, folder, out)
+                print(json.dumps({"shape": shape, "member": name, "MB beyond weights": round(megabytes)}), flush=True)
 
 
 if __name__ == "__main__":

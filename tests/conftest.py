@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import axolotl_environment
 import pytest
 import torch
 from recipe import write_workspace
@@ -24,8 +25,10 @@ QUICK = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the quick tier."""
+    """Marks the quick tier, and skips what needs an environment that is not there."""
     for item in items:
+        if item.get_closest_marker("axolotl") and not axolotl_environment.INSTALLED:
+            item.add_marker(pytest.mark.skip(reason="there is no environment of Axolotl: `make test-axolotl`"))
         if item.path.name in QUICK:
             item.add_marker(pytest.mark.quick)
 

@@ -1,7 +1,11 @@
-"""What of the Axolotl plugin needs no Axolotl: its section, rows and batches, and a folder that it did not write."""
+"""The Axolotl plugin: its section, rows and batches without Axolotl; the shipped example, and what goes wrong, with it."""
 
+from pathlib import Path
+
+import axolotl_environment
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from pact_tune.axolotl.args import PACTArgs
@@ -49,3 +53,48 @@ def test_the_section_is_strict(section, words):
 def test_a_folder_without_the_plugins_stamp_was_trained_without_the_constraint(tmp_path):
     with pytest.raises(UserError, match="trained without it"):
         verify.main([str(tmp_path)])
+
+
+# Axolotl itself -------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+def example(tmp_path: Path, **changes) -> Path:
+    """The shipped example, writing elsewhere and ending early."""
+    text = (ROOT / "examples" / "axolotl.yaml").read_text().replace("outputs/", f"{tmp_path}/")
+    path = tmp_path / "example.yaml"
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load(text), "max_steps": 6, "save_steps": 3, "logging_steps": 1, **changes})
+    )
+    return path
+
+
+@pytest.mark.axolotl
+def test_the_example_is_trained_packed_and_verified(tmp_path, capsys):
+    """The adapter is stamped as it lies there in the end, and so are the checkpoints on the way."""
+    run = axolotl_environment.train(example(tmp_path, sample_packing=True, pad_to_sequence_len=True), ROOT)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for folder in (tmp_path / "axolotl", tmp_path / "axolotl" / "checkpoint-3"):
+        assert verify.main([str(folder), "--rows", "2"]) == 0
+        assert "was trained with the constraint 'pact'" in capsys.readouterr().out
+
+
+@pytest.mark.axolotl
+@pytest.mark.parametrize("name", ["pact_tune.axolotel.PACTPlugin", "pact_tune.axolotl.PACTPlugn"])
+def test_a_misspelt_plugin_trains_on_and_is_found_out(tmp_path, name):
+    run = axolotl_environment.train(example(tmp_path, plugins=[name]), ROOT)
+    if run.returncode == 0:
+        assert (tmp_path / "axolotl" / "adapter_model.safetensors").is_file()
+    with pytest.raises(UserError, match="trained without it"):
+        verify.main([str(tmp_path / "axolotl")])
+
+
+@pytest.mark.axolotl
+@pytest.mark.parametrize(
+    ("changes", "words"), [({"pact": {"lambda_k": 1}}, "lambda_kl"), ({"pact": None}, "section pact")]
+)
+def test_axolotl_stops_at_bad_input(tmp_path, changes, words):
+    run = axolotl_environment.train(example(tmp_path, **changes), ROOT)
+    assert run.returncode != 0 and words in run.stdout + run.stderr
+    assert not (tmp_path / "axolotl" / "adapter_model.safetensors").exists()

@@ -5,17 +5,18 @@ from typing import Any
 from pydantic import BaseModel, field_validator
 
 from pact_tune.components import OBJECTIVE, find_component
-from pact_tune.config import ReferenceCacheSettings, check
+from pact_tune.config import AnalysisSettings, ReferenceCacheSettings, check
 
-OWN_KEYS = ("_component_", "reference_cache", "reference")
+OWN_KEYS = ("_component_", "reference_cache", "reference", "analysis")
 
 
 class PACTArgs(BaseModel):
-    """Section ``pact``: the recipe's section ``loss``, and two keys more.
+    """Section ``pact``: the recipe's section ``loss``, and three keys more.
 
     Attributes:
         pact (dict[str, Any] | None): the objective's settings; ``reference_cache`` as in the recipe (null: computed in every
-            step); ``reference``: "base" (the model without an adapter) or "initial" (with the one that training goes on from).
+            step); ``reference``: "base" (the model without an adapter) or "initial" (with the one that training goes on from);
+            ``analysis`` as in the recipe.
     """
 
     pact: dict[str, Any] | None = None
@@ -30,6 +31,8 @@ class PACTArgs(BaseModel):
         settings = {key: value for key, value in section.items() if key not in OWN_KEYS}
         problems = check(builder, settings, "pact", given=("context",))
         problems += check(ReferenceCacheSettings, section.get("reference_cache") or {}, "pact.reference_cache")
+        if section.get("analysis") is not None:
+            problems += check(AnalysisSettings, section["analysis"], "pact.analysis")
         if section.get("reference", "base") not in ("base", "initial"):
             problems.append(f"pact.reference is {section['reference']!r}; it must be base or initial.")
         if problems:

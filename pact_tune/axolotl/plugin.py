@@ -49,13 +49,23 @@ class PACTAxolotlTrainer(AxolotlTrainer):
         self.constraint.add_to(logs, self.model.training)
         super().log(logs, start_time)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(model, trial, **kwargs)
+        self.accelerator.wait_for_everyone()  # a stamp names all files, the other processes' too
+        self.stamp(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
+
+    def stamp(self, folder: Path) -> None:
+        """Writes pact.json beside an adapter."""
+        if self.args.should_save and folder.is_dir():
+            arguments = {"trainer": {"learning_rate": self.args.learning_rate, "seed": self.args.seed}}
+            self.constraint.stamp(folder, "axolotl", arguments, self.state.global_step)
+
 
 class PACTPlugin(BasePlugin):
     """Reads section ``pact`` and trains with it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.constraint: Constraint | None = None
         self.trainer: PACTAxolotlTrainer | None = None
 
     def get_input_args(self) -> str:
@@ -77,7 +87,7 @@ class PACTPlugin(BasePlugin):
         settings = {key: value for key, value in section.items() if key not in OWN_KEYS[1:]}
         cache = section.get("reference_cache", {})
         self.trainer = trainer
-        self.constraint = trainer.constraint = Constraint(
+        trainer.constraint = Constraint(
             settings,
             "pact",
             trainer.model,
@@ -85,10 +95,10 @@ class PACTPlugin(BasePlugin):
             data,
             None if cache is None else dict(cache),
             section.get("reference", "base") == "initial",
+            section.get("analysis"),
         )
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
         """Writes the stamp; called before and after the adapter is saved, and harmless each time."""
-        if self.constraint is not None and self.trainer is not None and self.trainer.args.should_save:
-            arguments = {"trainer": {"learning_rate": cfg.learning_rate, "seed": cfg.seed}}
-            self.constraint.stamp(Path(cfg.output_dir), "axolotl", arguments, self.trainer.state.global_step)
+        if self.trainer is not None:
+            self.trainer.stamp(Path(cfg.output_dir))
