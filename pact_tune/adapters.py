@@ -112,6 +112,11 @@ def write_adapter(folder: Path, adapter: Adapter, spec: LoRASpec, base: Path) ->
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter and no whole model; Axolotl puts the base's config.json beside it."""
+    return (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
+
+
 def read_adapter(folder: Path) -> tuple[Adapter, LoRASpec]:
     """Reads a LoRA or DoRA adapter that PEFT, or this package, wrote.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,8 @@ def test_records_of_the_figures_and_a_stamp_that_names_its_rows(workspace, initi
         args = arguments(workspace, tmp_path / name, analysis=analysis)
         run = trainer(workspace, args, lora_model(workspace, initial), train_dataset=rows)
         run.train()
+        (tmp_path / name / "final").mkdir()
+        shutil.copy(workspace / "model" / "config.json", tmp_path / name / "final")  # as Axolotl does
         run.save_model(str(tmp_path / name / "final"))
         weights.append(load_file(tmp_path / name / "final" / "adapter_model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pact_tune.adapters import CONFIG, WEIGHTS, LoRASpec, check_fits, merged, read_adapter
+from pact_tune.adapters import CONFIG, WEIGHTS, LoRASpec, check_fits, is_adapter, merged, read_adapter
 from pact_tune.conversations import Conversation, load_tokenizer
 from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
@@ -106,7 +106,7 @@ def verify(
         name: through_nf4(folder[name], name.removesuffix(".weight"), folder.network, dtype)
         for name in stamp.get("nf4", ())
     }
-    whole = (directory / "config.json").is_file()
+    whole = (directory / "config.json").is_file() and not is_adapter(directory)
     changed: dict[str, torch.Tensor] = {}  # a merge has its adapter no more: hashes of its files are what is checked
     if "merged_from" not in stamp:
         check = _check_adapter if stamp["adapter"] else _check_weights
@@ -134,7 +134,7 @@ def _check_adapter(
     in_files = {renamed.get(module, module): update for module, update in adapter.items()}
     check_fits(in_files, folder, str(where))
     changed = merged(_Overlay(folder, replaced), in_files, spec)
-    if not (directory / "config.json").is_file():
+    if is_adapter(directory) or not (directory / "config.json").is_file():
         return {f"{m}.weight": changed[f"{renamed.get(m, m)}.weight"] for m in adapter}
     found = ModelFolder(directory, "the result")
     for name, weight in changed.items():

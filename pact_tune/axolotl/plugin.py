@@ -12,6 +12,7 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.integrations.base import BasePlugin
 from torch import nn
 
+from pact_tune.adapters import WEIGHTS
 from pact_tune.axolotl.args import OWN_KEYS
 from pact_tune.axolotl.rows import dataset_rows, rows_of_batch
 from pact_tune.batching import collate
@@ -67,6 +68,7 @@ class PACTPlugin(BasePlugin):
     def __init__(self) -> None:
         super().__init__()
         self.trainer: PACTAxolotlTrainer | None = None
+        self.earlier: int | None = None
 
     def get_input_args(self) -> str:
         """Where Axolotl finds the keys."""
@@ -86,7 +88,7 @@ class PACTPlugin(BasePlugin):
             data.append(dataset_rows(trainer.eval_dataset, "test_datasets"))
         settings = {key: value for key, value in section.items() if key not in OWN_KEYS[1:]}
         cache = section.get("reference_cache", {})
-        self.trainer = trainer
+        self.trainer, self.earlier = trainer, _written(cfg)
         trainer.constraint = Constraint(
             settings,
             "pact",
@@ -99,6 +101,12 @@ class PACTPlugin(BasePlugin):
         )
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:
-        """Writes the stamp; called before and after the adapter is saved, and harmless each time."""
-        if self.trainer is not None:
+        """Writes the stamp. Axolotl calls this before and after it saves the adapter: an earlier run's gets none."""
+        if self.trainer is not None and _written(cfg) != self.earlier:
             self.trainer.stamp(Path(cfg.output_dir))
+
+
+def _written(cfg: Any) -> int | None:
+    """When the adapter in the output folder was written; None: there is none."""
+    file = Path(cfg.output_dir) / WEIGHTS
+    return file.stat().st_mtime_ns if file.is_file() else None

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pact_tune import generation, hub
+from pact_tune.adapters import is_adapter
 from pact_tune.conversations import Message, load_tokenizer, one_line, render_prompt
 from pact_tune.errors import UserError
 from pact_tune.evaluation.endpoint import Endpoint
@@ -65,7 +66,7 @@ class _Files:
 def _files(name: str) -> _Files:
     """A checkpoint's folder, or an adapter's and its base's."""
     folder = Path(name)
-    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+    if not is_adapter(folder):
         folder = hub.model_folder(name)
         return _Files(folder, None, folder)
     try:
