@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from pact_tune.axolotl.args import PACTArgs
-from pact_tune.axolotl.rows import dataset_rows, rows_of_batch
+from pact_tune.axolotl.rows import dataset_rows, rows_of_batch, section_of
 from pact_tune.errors import UserError
 from pact_tune.tools import verify
 
@@ -33,6 +33,19 @@ def test_rows_of_a_padded_and_of_a_packed_batch_are_those_of_the_data_set():
         assert [row for row, _ in rows_of_batch(batch)] == data.conversations
     with pytest.raises(UserError, match="no row|No row"):
         dataset_rows([{"input_ids": [1], "labels": [-100]}], "datasets")
+
+
+def test_a_stamp_names_one_file_of_messages(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    one = {"path": str(tmp_path / "rows.jsonl"), "type": "chat_template", "field_messages": "turns"}
+    section = section_of([one])
+    assert section is not None and (section["source"], section["columns"]) == (one["path"], {"messages": "turns"})
+    assert (
+        section_of([one, one])
+        is section_of([one | {"type": "alpaca"}])
+        is section_of([one | {"path": "hub/name"}])
+        is None
+    )
 
 
 @pytest.mark.parametrize(

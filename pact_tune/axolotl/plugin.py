@@ -14,7 +14,7 @@ from torch import nn
 
 from pact_tune.adapters import WEIGHTS
 from pact_tune.axolotl.args import OWN_KEYS
-from pact_tune.axolotl.rows import dataset_rows, rows_of_batch
+from pact_tune.axolotl.rows import dataset_rows, rows_of_batch, section_of
 from pact_tune.batching import collate
 from pact_tune.errors import UserError
 from pact_tune.hf.constraint import Constraint
@@ -84,6 +84,7 @@ class PACTPlugin(BasePlugin):
         """Puts the objective to work; all input errors are raised here, before the first step."""
         section = dict(cfg.pact)
         data = [dataset_rows(trainer.train_dataset, "datasets")]
+        data[0].section = section_of(cfg.datasets)
         if trainer.eval_dataset is not None:
             data.append(dataset_rows(trainer.eval_dataset, "test_datasets"))
         settings = {key: value for key, value in section.items() if key not in OWN_KEYS[1:]}

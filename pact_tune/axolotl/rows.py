@@ -1,6 +1,7 @@
 """Axolotl's tokenized rows and batches as conversations."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,3 +47,11 @@ def dataset_rows(dataset: Iterable[Mapping[str, Any]], title: str) -> ChatDatase
     if not conversations:
         raise UserError(f"No row of {title} has a trained token: see roles_to_train and train_on_eos.")
     return ChatDataset(conversations, [Counts(title, used=len(conversations))], [0] * len(conversations))
+
+
+def section_of(datasets: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The recipe's section that reads the rows of Axolotl's section ``datasets``; None where they are no file of messages."""
+    if len(datasets) != 1 or datasets[0].get("type") != "chat_template" or not Path(str(datasets[0]["path"])).is_file():
+        return None
+    columns = {"messages": datasets[0].get("field_messages") or "messages"}
+    return {"_component_": "pact_tune.chat_dataset", "source": str(datasets[0]["path"]), "columns": columns}
