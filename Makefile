@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint bench campaign clean
+.PHONY: demo test test-axolotl quick lint bench campaign clean
 
 demo: .venv/installed
 	$(BIN)/pact demo
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+# Axolotl's pins exclude torchtune's: an environment of its own (4 GB), in which these tests run `axolotl train`.
+test-axolotl: .venv/installed .venv-axolotl/installed
+	$(BIN)/python -m pytest -m axolotl $(PYTEST_ARGS)
 
 quick: .venv/installed
 	$(BIN)/python -m pytest -n 2 -m quick $(PYTEST_ARGS)
@@ -31,5 +35,12 @@ bench: .venv/installed
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+.venv-axolotl/installed: pyproject.toml constraints-axolotl.txt
+	@echo "Setting up .venv-axolotl with the tested versions; this takes a quarter of an hour."
+	$(PYTHON) -m venv .venv-axolotl
+	.venv-axolotl/bin/python -m pip install --quiet --upgrade pip
+	.venv-axolotl/bin/python -m pip install --quiet --constraint constraints-axolotl.txt --editable '.[axolotl]'
+	touch $@
+
 clean:
-	rm -rf .venv outputs build *.egg-info
+	rm -rf .venv .venv-axolotl outputs build *.egg-info

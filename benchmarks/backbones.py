@@ -44,7 +44,7 @@ from pact_tune.torchtune.decoder import TorchtuneDecoder
 
 MODULES = ["q_proj", "v_proj"]  # the released code's
 CPU = torch.device("cpu")
-ROWS, STEPS = 4, 3  # rows of a step; steps of a trainer in a round, the first of which does not count
+ROWS, STEPS = 2, 3  # rows of a step; steps of a trainer in a round, the first of which does not count
 # Width, feed-forward and heads in the proportions of Qwen2.5-7B and Llama-3.1-8B, with fewer and narrower layers.
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5": {"model_type": "qwen2", "hidden_size": 448, "intermediate_size": 2368, "num_attention_heads": 7,
@@ -52,7 +52,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8,
               "num_key_value_heads": 2, "rope_theta": 5e5},
 }  # fmt: skip
-SHARED = {"num_hidden_layers": 16, "vocab_size": 8192, "tie_word_embeddings": False, "max_position_embeddings": 1024}
+SHARED = {"num_hidden_layers": 12, "vocab_size": 8192, "tie_word_embeddings": False, "max_position_embeddings": 1024}
 
 
 class Clock(TrainerCallback):
@@ -82,8 +82,8 @@ def write_model(folder: Path, shape: str) -> Path:
 
 
 def rows(tokenizer: Any) -> ChatDataset:
-    """Rows of about 110 tokens of prompt and 100 of response."""
-    text = "What is the sum of these numbers, and how is it found? " * 5
+    """Rows of some 50 tokens of prompt and as many of response."""
+    text = "What is the sum of these numbers, and how is it found? " * 2
     some = [{"prompt": f"{i}: {text}", "completion": f"It is {i}. {text}"} for i in range(ROWS * STEPS)]
     return chat_rows(tokenizer, some, "rows")
 
