@@ -4,6 +4,7 @@ So a result can be told from one made without the constraint, and from one that 
 signature: whoever changes a file can write a new stamp, too.
 """
 
+import fnmatch
 import glob
 import hashlib
 import json
@@ -119,11 +120,15 @@ def result_names(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of a result's files, relative to it, without its stamp and hidden ones."""
+    """Names of a result's files, relative to it: all but its stamp, hidden ones, and what a trainer puts there beside it.
+
+    That is logs, which it goes on writing, and checkpoints to resume from, which have stamps of their own.
+    """
     paths = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     hidden = [any(part.startswith(".") for part in path.parts) for path in paths]
     names = [path.as_posix() for path, skip in zip(paths, hidden, strict=True) if not skip]
-    return sorted(name for name in names if name != STAMP_FILE)
+    beside = (STAMP_FILE, "*.log", "checkpoint-*/*")
+    return sorted(name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in beside))
 
 
 def _hashes(folder: Path, names: list[str]) -> dict[str, str]:

@@ -171,12 +171,16 @@ def test_records_of_the_figures_and_a_stamp_that_names_its_rows(workspace, initi
     rows = chat_dataset(load_tokenizer(str(workspace / "model")), workspace / "rows.jsonl")
     weights = []
     for name, analysis in (("with", section), ("without", None)):
-        args = arguments(workspace, tmp_path / name, analysis=analysis)
+        args = arguments(workspace, tmp_path / name, analysis=analysis, logging_steps=100)
         run = trainer(workspace, args, lora_model(workspace, initial), train_dataset=rows)
         run.train()
         (tmp_path / name / "final").mkdir()
         shutil.copy(workspace / "model" / "config.json", tmp_path / name / "final")  # as Axolotl does
         run.save_model(str(tmp_path / name / "final"))
+        with (tmp_path / name / "final" / "debug.log").open("w") as log:
+            log.write("what a trainer goes on writing")
+        (tmp_path / name / "final" / "checkpoint-3").mkdir()
+        (tmp_path / name / "final" / "checkpoint-3" / "optimizer.pt").write_text("what may be deleted")
         weights.append(load_file(tmp_path / name / "final" / "adapter_model.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     found, expected = (read_analysis(tmp_path / name) for name in ("with", "recipe"))

@@ -341,13 +341,16 @@ class Constraint:
         sums = self._sums.pop(mode)
         if dist.is_initialized():
             dist.all_reduce(sums)
-        *terms, trained, constrained = sums.tolist()
-        tokens = trained or constrained or 1
-        means = {name: term / tokens for name, term in zip(self.objective.names, terms, strict=True)}
-        means["loss"] = self.objective.total(means)
+        means = self._means(sums)
         if mode == "train":
             self.final = dict(means)
         return means
+
+    def _means(self, sums: torch.Tensor) -> dict[str, float]:
+        *terms, trained, constrained = sums.tolist()
+        tokens = trained or constrained or 1
+        means = {name: term / tokens for name, term in zip(self.objective.names, terms, strict=True)}
+        return means | {"loss": self.objective.total(means)}
 
     def items(self, counted: torch.Tensor | int | None, batches: Sequence[Any], trainer: Trainer) -> Any:
         """What a step's sums are divided by: its trained tokens; where none is trained, the constrained ones.
@@ -409,7 +412,10 @@ class Constraint:
             arguments (Mapping[str, Any]): of the trainer; JSON-serialisable.
             steps (int): optimiser steps so far.
         """
-        if not (folder / CONFIG).is_file() or not self.final:
+        final = self.final
+        if not final and "train" in self._sums:  # a run too short to have logged anything: this process's own
+            final = self._means(self._sums["train"])
+        if not (folder / CONFIG).is_file() or not final:
             return
         _, spec = read_adapter(folder)
         train = self.data[0]
@@ -437,7 +443,7 @@ class Constraint:
                 "adapter": {**spec._asdict(), "fingerprint": fingerprint(load_file(folder / WEIGHTS))},
                 "base": str(self.folder.resolve()),
                 "renamed": checkpoint_names(causal_lm_of(self.model), weights),
-                "final": self.final,
+                "final": final,
                 "validation": {},
                 "config": {"dataset": train.section, "loss": self.section, **arguments},
             },
