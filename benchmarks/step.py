@@ -3,6 +3,7 @@
     python -m benchmarks.step                       the short set, on a CPU (10 to 15 minutes)
     python -m benchmarks.step --set full            all sizes and works
     python -m benchmarks.step --device cuda         true sizes, random weights, bf16
+    PACT_TUNE_TEST_DATA=DIR python -m benchmarks.step --parts filling --set real    filling, on rows of published data
 
 Ours are steps of the recipe itself, on a random model and random rows. All variants take turns in one process, in
 another order each round, and are compared within a round, by CPU time (on a GPU: by events); peak memory is measured in
@@ -15,6 +16,7 @@ import datetime
 import gc
 import importlib.util
 import json
+import os
 import platform
 import random
 import statistics
@@ -39,7 +41,7 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from benchmarks.published import PAD_TO, published_loss
 from pact_tune.conversations import Conversation, load_tokenizer, response_only_prefix, tokenizer_fingerprint
-from pact_tune.data import ChatDataset, Counts
+from pact_tune.data import ChatDataset, Counts, chat_dataset
 from pact_tune.demo import demo_family_path
 from pact_tune.losses import PACTConfig
 from pact_tune.objectives import Context, Objective, sft
@@ -75,16 +77,23 @@ SIZES = {
 VOCABULARIES = {"Llama-3.1-8B": 128256, "Llama-3.2-1B": 128256, "Gemma-2-9B": 256000}
 # Tokens of (prompt, response), row after row, and how many different responses there are (None: all differ). GSM8K's
 # and AG News' are like those of the real data under a small vocabulary.
-WORKS = {
+WORKS: dict[str, tuple[list[tuple[int, int]], int | None]] = {
     "matched": ([(128, 128)], None),
     "AG News": ([(95, 3)], 4),
     "GSM8K": ([(70, 170), (60, 140)], None),
+}
+# Rows of published data with Qwen2.5's tokenizer and template: files below $PACT_TUNE_TEST_DATA (see tests/test_real_data.py).
+REAL = {
+    "SST-2 rows": "pact_official/SST2_5k_p_0.json",
+    "AG News rows": "pact_official/agnews_5k_p_0.json",
+    "GSM8K rows": "gsm8k/train.jsonl",
 }
 SETS = {
     "short": [("demo", "matched"), ("7B-like", "matched"), ("7B-like", "AG News")],
     "full": [
         ("demo", "matched"), ("7B-like", "matched"), ("7B-like", "AG News"), ("7B-like", "GSM8K"), ("152k", "matched"),
     ],
+    "real": [("7B-like", work) for work in REAL],
     "gpu": [(size, work) for size in ("Qwen2.5-7B", "Llama-3.1-8B", "Llama-3.2-1B", "Gemma-2-9B") for work in WORKS],
 }  # fmt: skip
 DTYPES = {"cpu": ("fp32", torch.float32), "cuda": ("bf16", torch.bfloat16)}
@@ -119,6 +128,25 @@ def random_rows(tokenizer: Any, work: str, rows: int, vocab_size: int) -> ChatDa
         response = responses[i % len(responses)]
         conversations.append(Conversation(prompt + response, [(len(prompt), len(prompt) + len(response))]))
     return ChatDataset(conversations, [Counts("random rows", used=rows)], [0] * rows)
+
+
+def real_rows(tokenizer: Any, work: str, rows: int, vocab_size: int) -> ChatDataset:
+    """Published rows; ids are folded into a smaller vocabulary, so that equal beginnings stay equal.
+
+    Args:
+        tokenizer (Any): given by the recipe; not used.
+        work (str): of :data:`REAL`.
+        rows (int): how many.
+        vocab_size (int): of the model.
+
+    Returns:
+        ChatDataset: the rows.
+    """
+    folder = Path(os.environ["PACT_TUNE_TEST_DATA"])
+    qwen = load_tokenizer(str(folder / "tokenizers" / "qwen2.5-hf"))
+    read = chat_dataset(qwen, source=str(folder / REAL[work]), n=rows, progress=False)
+    folded = [Conversation([100 + t % (vocab_size - 100) for t in c.tokens], c.responses) for c in read.conversations]
+    return ChatDataset(folded, read.counts, [0] * rows)
 
 
 class RandomCheckpointer:
@@ -177,7 +205,7 @@ def make_config(
             "_component_": "benchmarks.step.RandomCheckpointer", "model": model, "vocab_size": vocab_size, "device": device,
         },
         "dataset": {
-            "_component_": "benchmarks.step.random_rows", "work": work, "rows": rows, "vocab_size": vocab_size,
+            "_component_": f"benchmarks.step.{'real' if work in REAL else 'random'}_rows", "work": work, "rows": rows, "vocab_size": vocab_size,
         },
         "loss": {
             "_component_": "pact_tune.objectives.pact", "safety_tokens": str(tokens), "preset": "official", "k": K,
@@ -407,6 +435,34 @@ def measure_run(size: str, work: str, rounds: int, device: str, rows: int = 4) -
     return [row | {"size": size, "work": work, "unit": "s", "checkpointing": False} for row in results]
 
 
+def measure_filling(size: str, work: str, rounds: int, device: str, rows: int = 48) -> list[dict]:
+    """An empty cache filled with what rows share computed once, and for each row; beside one epoch of warm steps."""
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = make_recipe(make_config(Path(folder), size, work, rows, device, False))
+        longest, cache, epoch = recipe.decoder.longest_shared, recipe.reference.cache, batches(recipe)
+        assert cache is not None and longest
+
+        def fill() -> None:
+            for shard in cache.directory.glob("shard-*"):
+                shard.unlink()
+            cache.refresh()
+            recipe.reference.fill(cache, recipe.schedule.used)
+
+        def apart() -> None:
+            recipe.decoder.longest_shared = 0
+            fill()
+            recipe.decoder.longest_shared = longest
+
+        steps = {"filling": fill, "filling apart": apart, "warm epoch": lambda: [recipe.step(batch) for batch in epoch]}
+        recipe.step(epoch[0])  # warms up
+        for number in range(1, rounds + 1):
+            for name in random.sample(list(steps), len(steps)):
+                spent = seconds(steps[name], device)
+                results.append({"part": "filling", "variant": name, "round": number, "value": spent})
+    return [row | {"size": size, "work": work, "unit": "s", "checkpointing": False} for row in results]
+
+
 def measure_memory(variant: str, size: str, work: str, device: str, checkpointing: bool) -> dict[str, float]:
     """MB of the weights (and second weights), and the peak of a step beyond them; to be run in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -509,6 +565,16 @@ def report(rows: list[dict]) -> str:
             rounds = max(r["round"] for r in found)
             lines.append(f"| {_label(shape)} | {rounds} | {' | '.join(cells)} |")
     lines += [
+        "", "## Filling, rows of published data", "",
+        "| size | work | rounds | each row for itself / one epoch | what rows share once / one epoch | the two |",
+        "|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for shape in shapes:
+        if found := of("filling", shape):
+            pairs = [("filling apart", "warm epoch"), ("filling", "warm epoch"), ("filling", "filling apart")]
+            rounds = max(r["round"] for r in found)
+            lines.append(f"| {_label(shape)} | {rounds} | {' | '.join(ratio(found, *pair) for pair in pairs)} |")
+    lines += [
         "", "## Memory, MB", "", "Peak of a step beyond the weights; in brackets the weights.", "",
         "| size | work | torchtune's SFT | our SFT | cold | warm | published |", "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
@@ -573,7 +639,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=SETS, help="which sizes and works; default: short, on a GPU gpu")
     parser.add_argument("--only", nargs=2, metavar=("SIZE", "WORK"), help="one size and work in the place of a set")
-    parser.add_argument("--parts", nargs="+", default=["step", "run", "memory"], choices=["step", "run", "memory"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["step", "run", "memory"], choices=["step", "run", "memory", "filling"]
+    )
     parser.add_argument("--rounds", type=int, help="default: 3, on a GPU 20")
     parser.add_argument("--run-rounds", type=int, default=1, help="of the whole runs")
     parser.add_argument("--threads", type=int, default=1)
@@ -595,6 +663,8 @@ def main(argv: list[str] | None = None) -> None:
             rows += measure_steps(size, work, rounds, args.device, args.checkpointing)
         if "run" in args.parts and size != "demo":
             rows += measure_run(size, work, args.run_rounds, args.device)
+        if "filling" in args.parts:
+            rows += measure_filling(size, work, args.run_rounds, args.device)
         if "memory" in args.parts and size != "demo":
             for variant in VARIANTS:
                 if variant != "sft again":

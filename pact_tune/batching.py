@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 
 from pact_tune.conversations import Conversation
+from pact_tune.prefixes import SharedPrefix
 
 T = TypeVar("T")
 LEAST_FILLED = 0.9  # of a row of a forward without training; the rest is padding
@@ -16,6 +17,8 @@ LEAST_FILLED = 0.9  # of a row of a forward without training; the rest is paddin
 @dataclass(frozen=True)
 class Batch:
     """One forward's input. B conversations, padded on the right to S tokens, or packed, B = 1; T response tokens in all.
+
+    Packed, each is whole, or all stand behind a prefix that they share.
 
     Attributes:
         tokens (torch.Tensor): ``[B, S]`` int64.
@@ -27,6 +30,7 @@ class Batch:
         weight (torch.Tensor): weight of its constraint, ``[T]`` float32; 0: not constrained.
         mask (torch.Tensor | None): True where a token attends to another, ``[1, S, S]``; None: to all before it.
         input_pos (torch.Tensor | None): position of each token in its conversation, ``[1, S]``; None: in its row.
+        shared (SharedPrefix | None): how conversations stand behind what they share; without training only.
     """
 
     tokens: torch.Tensor
@@ -38,10 +42,14 @@ class Batch:
     weight: torch.Tensor
     mask: torch.Tensor | None = None
     input_pos: torch.Tensor | None = None
+    shared: SharedPrefix | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
-        return Batch(**{name: to_device(tensor, device) for name, tensor in vars(self).items() if tensor is not None})
+        given = {name: part for name, part in vars(self).items() if part is not None}
+        return Batch(
+            **{n: p.to(device) if isinstance(p, SharedPrefix) else to_device(p, device) for n, p in given.items()}
+        )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -49,7 +57,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = False) -> Batch:
+def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = False, prefix: int = 0) -> Batch:
     """Pads conversations to a batch, or packs them end to end.
 
     Padding stands on the right, where causal attention never looks back from, so that no mask is needed.
@@ -58,14 +66,21 @@ def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = F
         conversations (Sequence[Conversation]): may be empty: a rank without rows still takes part in the forward.
         pad_id (int): id to pad with.
         packed (bool): one row without padding, with a mask that keeps each conversation to itself.
+        prefix (int): where it is not 0, one row without padding, in which what all conversations begin with, so many
+            tokens, stands once.
 
     Returns:
         Batch: on the CPU. The last token of each conversation is only ever a label.
     """
     inputs = [c.tokens[:-1] or c.tokens for c in conversations] or [[pad_id]]
     lengths = list(map(len, inputs))
-    mask = input_pos = None
-    if packed:
+    mask = input_pos = shared = None
+    if prefix:
+        tokens = torch.tensor([sum((row[prefix:] for row in inputs), inputs[0][:prefix])])
+        starts = [0, *itertools.accumulate(length - prefix for length in lengths)]
+        input_pos = torch.cat([torch.arange(prefix), *(torch.arange(prefix, length) for length in lengths)])[None]
+        shared = SharedPrefix.of(prefix, [length - prefix for length in lengths])
+    elif packed:
         tokens = torch.tensor([sum(inputs, [])])
         starts = [0, *itertools.accumulate(lengths)]
         document = torch.arange(len(inputs)).repeat_interleave(torch.tensor(lengths))
@@ -83,7 +98,12 @@ def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = F
     ce_weight = torch.tensor([c.ce_weight for c in conversations], dtype=torch.float32)[rows]
     weight = torch.tensor([c.weight for c in conversations], dtype=torch.float32)[rows]
     flat = [torch.tensor(values, dtype=torch.int64) for values in (index, labels, position)]
-    return Batch(tokens, flat[0], flat[1], flat[2], rows, ce_weight, weight, mask, input_pos)
+    return Batch(tokens, flat[0], flat[1], flat[2], rows, ce_weight, weight, mask, input_pos, shared)
+
+
+def shareable(conversation: Conversation) -> list[int]:
+    """What of a conversation other rows may share: all before the token that predicts its first response."""
+    return conversation.tokens[: conversation.responses[0][0] - 1]
 
 
 def response_only_views(

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pact_tune.batching import Batch, collate
+from pact_tune.batching import Batch, collate, shareable
 from pact_tune.conversations import Conversation
 from pact_tune.head import reduce_in_chunks
 from pact_tune.objectives.base import Chunk, Objective, View
+from pact_tune.prefixes import shared_length
 from pact_tune.reference.readings import Head, Reading
 
 
@@ -30,9 +31,12 @@ class Decoder:
 
     Attributes:
         model (nn.Module): the network.
+        longest_shared (int): up to how many tokens each token of a row attends to all before it, in a way that can be
+            computed behind a shared prefix; longer rows never are. 0: none.
     """
 
     model: nn.Module
+    longest_shared: int = 0
 
     def __init__(self, pad_id: int, device: torch.device) -> None:
         self.pad_id = pad_id
@@ -87,6 +91,13 @@ class Decoder:
         Returns:
             torch.Tensor: ``[T, W]``.
         """
-        batch = collate(conversations, self.pad_id).to(self.device)
+        batch = collate(conversations, self.pad_id, prefix=self._prefix(conversations)).to(self.device)
         with torch.no_grad(), self.frozen():
             return self.run(batch, lambda hidden, head: reading.of_reference(hidden, head, batch.labels))
+
+    def _prefix(self, conversations: Sequence[Conversation]) -> int:
+        """How many tokens of a batch are computed once for all its rows."""
+        lengths = [len(c.tokens) for c in conversations]
+        if max(lengths, default=0) > self.longest_shared:
+            return 0
+        return shared_length([shareable(c) for c in conversations], sum(lengths))

@@ -210,3 +210,59 @@ def test_a_head_that_is_not_reproduced_is_refused_by_name():
     decoder.head.scale = 1.0
     with pytest.raises(UserError, match="GraniteForCausalLM"):
         decoder.check_head()
+
+
+BEGINNING = [11, 12, 13, 14]
+
+
+def rows_that_begin_alike() -> list[Conversation]:
+    """Seven to eight tokens each: as long as the windows of the architectures above."""
+    rests = ([20, 21, 22, 23], [30, 31, 32], [20, 41, 42, 43])
+    return [Conversation(BEGINNING + rest, [(5, 4 + len(rest))]) for rest in rests]
+
+
+def computed(model, decoder, rows) -> tuple[torch.Tensor, int]:
+    """A reading of one batch, and how many tokens went through the network for it."""
+    seen = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel()))
+    reading = decoder.read_reference(rows, Columns(IDS, True))
+    hook.remove()
+    return reading, sum(seen)
+
+
+# ALiBi; eager attention, which Gemma 2's caps need; recurrent layers beside attention that says it is "sdpa".
+NOT_SHARED = {
+    "bloom": {},
+    "gemma2": ARCHITECTURES["gemma2"],
+    "recurrent_gemma": {},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES | NOT_SHARED))
+def test_rows_behind_a_shared_prefix_are_computed_as_if_alone(architecture):
+    settings = SIZES | ARCHITECTURES.get(architecture, NOT_SHARED.get(architecture))
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(architecture, **settings)).eval()
+    decoder = HFDecoder(model, 0, torch.device("cpu"))
+    decoder.find_longest_shared()
+    rows = rows_that_begin_alike()
+    alone = torch.cat([decoder.read_reference([row], Columns(IDS, True)) for row in rows])
+    together, tokens = computed(model, decoder, rows)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert tokens == (21 if architecture in NOT_SHARED else 4 + 3 + 2 + 3)
+    longer = [Conversation(row.tokens[:4] + [9] * 60 + row.tokens[4:], [(66, 67)]) for row in rows]
+    assert computed(model, decoder, longer[:2] + longer[2:])[1] == 3 * 67  # beyond the window or the longest position
+
+
+def test_sharing_leaves_the_model_as_it_was():
+    model = with_adapter(tiny("llama"))
+    model.base_model.model.config._attn_implementation = "sdpa"
+    rows = rows_that_begin_alike()
+    before = model(input_ids=torch.tensor([rows[0].tokens])).logits
+    decoder = HFDecoder(model, 0, torch.device("cpu"))
+    decoder.find_longest_shared()
+    _, tokens = computed(model, decoder, rows)
+    assert tokens == 12
+    assert torch.equal(model(input_ids=torch.tensor([rows[0].tokens])).logits, before)
+    assert model.base_model.model.config._attn_implementation == "sdpa"

@@ -105,6 +105,20 @@ def test_reference_columns_are_those_of_transformers_with_a_trained_lora(workspa
         torch.testing.assert_close(columns[:, 3], logits[:, rest].logsumexp(-1), **TOLERANCE)
 
 
+def test_rows_behind_a_shared_prefix_are_computed_as_if_alone(architecture, workspace, tokens):
+    """Once for all of them, longer together than any row may be; Gemma 2's caps and windows are computed row by row."""
+    decoder, *_ = build(workspace, {"max_seq_len": 60}, trained=True)
+    seen = []
+    decoder.model.tok_embeddings.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel()))
+    shared, rest = tokens[0, :40].tolist(), tokens[1].tolist()
+    rows = [Conversation(shared + rest[i : i + 15 + i % 3], [(45, 55 + i % 3)]) for i in range(6)]
+    reading = Columns(torch.tensor([7, 3, 150]), True)
+    alone = torch.cat([decoder.read_reference([row], reading) for row in rows])
+    seen.clear()
+    torch.testing.assert_close(decoder.read_reference(rows, reading), alone, **TOLERANCE)
+    assert seen == ([6 * 56] if architecture == "gemma2" else [40 + 6 * 14 + 2 * (0 + 1 + 2)])
+
+
 CHOICES = {
     **{name: {"lora_attn_modules": [name], "apply_lora_to_mlp": False} for name in ATTENTION},
     "mlp": {"lora_attn_modules": ["v_proj"], "apply_lora_to_mlp": True},

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from recipe import count_reference_rows, logged, tune_run, tune_run_processes, write_workspace
 from safetensors.torch import load_file
+from test_hf_recipe import write_hf
 
 from pact_tune import ReferenceCache, UserError, cli, log
 from pact_tune.conversations import Conversation
@@ -55,9 +56,9 @@ def recipe(workspace, tmp_path, monkeypatch):
     """A recipe that is set up but for its reference; shards are small, so that there are many."""
     monkeypatch.setattr(reference_cache, "SHARD_TOKENS", 100)
 
-    def make(**overrides) -> pact_lora_finetune.PACTLoRAFinetuneRecipe:
+    def make(config=workspace, **overrides) -> pact_lora_finetune.PACTLoRAFinetuneRecipe:
         cfg = OmegaConf.merge(
-            OmegaConf.load(workspace), {"output_dir": str(tmp_path / "out")}, OmegaConf.create(overrides)
+            OmegaConf.load(config), {"output_dir": str(tmp_path / "out")}, OmegaConf.create(overrides)
         )
         cfg.reference_cache = None
         made = pact_lora_finetune.PACTLoRAFinetuneRecipe(complete(cfg))
@@ -126,6 +127,29 @@ def test_equal_responses_are_computed_once(recipe, tmp_path, monkeypatch):
     source.prepare(range(24))
     cache = source.cache
     assert len(computed) == len(cache) == 24 + 4
+
+
+@pytest.mark.parametrize("write", [write_workspace, write_hf], ids=["torchtune", "transformers"])
+def test_what_rows_share_is_computed_once_to_the_same_values(recipe, tmp_path, monkeypatch, write):
+    """All rows have one system message: the forwards of a fill see it once, and store what they would without."""
+    monkeypatch.setattr(reference_cache, "SHARD_TOKENS", 2000)
+    made = recipe(
+        write(tmp_path / "workspace"), dataset={"system": "What is seven plus nine? The answer is positive. " * 2}
+    )
+    tokens = []
+    own = made.decoder.run
+    monkeypatch.setattr(
+        made.decoder, "run", lambda batch, read: tokens.append(batch.tokens.numel()) or own(batch, read)
+    )
+    shared = fill(made, tmp_path / "shared")
+    used = sum(tokens)
+    tokens.clear()
+    made.decoder.longest_shared = 0
+    apart = fill(made, tmp_path / "apart")
+    assert used < 0.7 * sum(tokens)  # of both views, and with the rows that are checked one by one
+    assert set(content(shared)) == set(content(apart))  # the same shards
+    views = [view for row in range(len(made.rows)) for view in made.reference._views(row)]
+    torch.testing.assert_close(shared.get(views), apart.get(views), atol=1e-4, rtol=0)
 
 
 def test_any_flipped_byte_is_found_and_mended(recipe, tmp_path, capsys):

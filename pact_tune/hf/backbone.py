@@ -147,6 +147,7 @@ class HFBackbone:
                 layer.compile()
         self.decoder = HFDecoder(model, tokenizer.pad_token_id, self.device)
         self.decoder.check_head()
+        self.decoder.find_longest_shared()
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, sharded or not, under the backbone's own names."""

@@ -229,6 +229,7 @@ class Constraint:
         adapter = INITIAL if self.initial else None
         decoder = HFDecoder(inner, self.tokenizer.pad_token_id, self.device, adapter)
         decoder.check_head()
+        decoder.find_longest_shared()
         prefix: tuple[int, ...] = ()
         if "response_only" in self.objective.views:
             prefix = response_only_prefix(self.tokenizer, self.objective.response_only_bos)

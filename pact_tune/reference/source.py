@@ -146,13 +146,13 @@ class ReferenceSource:
         with progress(total=tokens, unit="tok", unit_scale=True, desc="Reference") as bar:
             for shard in mine:
                 if not cache.has_shard(shard):
-                    parts: list[torch.Tensor] = []
+                    parts: dict[bytes, torch.Tensor] = {}
                     for batch in batches_of(shard):
-                        parts += self._compute_each(batch)
+                        parts |= zip([c.key for c in batch], self._compute_each(batch), strict=True)
                         forwards -= 1
                         done = sum(len(c.tokens) for c in batch) * self.world_size  # as if all ranks were equally fast
                         bar.update(min(done, tokens - bar.n))
-                    cache.store(shard, parts)
+                    cache.store(shard, [parts[c.key] for c in shard])
             for _ in range(forwards if self.world_size > 1 else 0):
                 self._compute_each([])
         if self.world_size > 1:
@@ -182,8 +182,8 @@ class ReferenceSource:
         views = [view for row in rows for view in self._views(row) if view in cache]
         if not views:
             return  # nothing is stored yet that steps have to fill
-        views.sort(key=lambda c: -len(c.tokens))
-        live = torch.cat([part for batch in batches_of(views) for part in self._compute_each(batch)]).float().cpu()
+        # One by one: neither padding nor a prefix that was computed once for many has a part in it.
+        live = torch.cat([self.compute([view]) for view in views]).float().cpu()
         stored = cache.get(views).float()
         if not live.isfinite().all():
             raise UserError(

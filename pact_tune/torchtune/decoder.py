@@ -13,6 +13,7 @@ from torchtune.modules.peft import disable_adapter
 
 from pact_tune.batching import Batch
 from pact_tune.decoder import Decoder, TrainableHead
+from pact_tune.prefixes import SharedPrefix
 from pact_tune.torchtune.gemma2 import Gemma2Decoder, soft_cap
 
 
@@ -50,6 +51,18 @@ class TorchtuneHead:
         return output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What torchtune's attention computes without dropout, from as many key heads as query heads."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+
+
+def _attention(own: Callable[..., torch.Tensor], *states: torch.Tensor, mask: Any, **options: Any) -> torch.Tensor:
+    """A layer's own attention, but for rows behind a shared prefix, whose layout comes in the mask's place."""
+    if isinstance(mask, SharedPrefix):
+        return mask.attention(attend, *states)
+    return own(*states, mask=mask, **options)
+
+
 class TorchtuneDecoder(Decoder):
     """Gives a torchtune decoder our last step in the place of its own.
 
@@ -69,7 +82,13 @@ class TorchtuneDecoder(Decoder):
         self._stochastic = {
             m: m.attn_dropout for m in model.modules() if isinstance(m, MultiHeadAttention) and m.attn_dropout
         }
-        *_, last = (m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer))
+        *_, last = layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
+        if all(
+            isinstance(layer.attn, MultiHeadAttention) for layer in layers
+        ):  # Gemma 2 has another, with caps and windows
+            self.longest_shared = model.max_seq_len
+            for layer in layers:
+                layer.attn._attention_call = partial(_attention, layer.attn._attention_call)
         last.forward = partial(self._last_layer, last)
         model.unembed = self._unembed
 
@@ -88,7 +107,14 @@ class TorchtuneDecoder(Decoder):
 
     def run(self, batch: Batch, read: Callable[[torch.Tensor, TrainableHead], Any]) -> Any:
         self._index, self._read = batch.index, read
-        return self.model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos)
+        if batch.shared is None:
+            return self.model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos)
+        longest, self.model.max_seq_len = self.model.max_seq_len, batch.tokens.shape[1]  # each row is short enough
+        try:
+            with torch.compiler.set_stance("force_eager"):  # layouts differ, and each would be compiled
+                return self.model(batch.tokens, mask=batch.shared, input_pos=batch.input_pos)
+        finally:
+            self.model.max_seq_len = longest
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
