@@ -2,8 +2,8 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,14 +42,12 @@ class Batch:
     weight: torch.Tensor
     mask: torch.Tensor | None = None
     input_pos: torch.Tensor | None = None
-    shared: SharedPrefix | None = None
+    shared: SharedPrefix | None = field(default=None, kw_only=True)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``."""
-        given = {name: part for name, part in vars(self).items() if part is not None}
-        return Batch(
-            **{n: p.to(device) if isinstance(p, SharedPrefix) else to_device(p, device) for n, p in given.items()}
-        )
+        moved: dict[str, Any] = {n: to_device(t, device) for n, t in vars(self).items() if isinstance(t, torch.Tensor)}
+        return replace(self, **moved, shared=self.shared and self.shared.to(device))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -98,7 +96,7 @@ def collate(conversations: Sequence[Conversation], pad_id: int, packed: bool = F
     ce_weight = torch.tensor([c.ce_weight for c in conversations], dtype=torch.float32)[rows]
     weight = torch.tensor([c.weight for c in conversations], dtype=torch.float32)[rows]
     flat = [torch.tensor(values, dtype=torch.int64) for values in (index, labels, position)]
-    return Batch(tokens, flat[0], flat[1], flat[2], rows, ce_weight, weight, mask, input_pos, shared)
+    return Batch(tokens, flat[0], flat[1], flat[2], rows, ce_weight, weight, mask, input_pos, shared=shared)
 
 
 def shareable(conversation: Conversation) -> list[int]:

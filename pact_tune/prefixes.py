@@ -77,11 +77,11 @@ class SharedPrefix:
         return behind.unflatten(1, self.place.shape).transpose(0, 1)
 
 
-def shared_length(prompts: Sequence[Sequence[int]], tokens: int) -> int:
+def shared_length(prompts: Sequence[list[int]], tokens: int) -> int:
     """How many tokens all rows begin with, if computing these once is worth it.
 
     Args:
-        prompts (Sequence[Sequence[int]]): what may be shared of each row, token ids.
+        prompts (Sequence[list[int]]): what may be shared of each row, token ids.
         tokens (int): of all rows.
 
     Returns:
@@ -124,20 +124,20 @@ class _Node:
         parent.saved += self.saved if own <= kept else own
 
 
-def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def group_by_prefix(prompts: Sequence[list[int]]) -> list[list[int]]:
     """Groups rows so that little is left to compute when each group's common prefix is computed once.
 
     Sorted, rows that begin alike are neighbours, and prefixes form a tree. From the leaves up, each node makes a group of
     its rows where that saves more than leaving them to its parent; a group costs a forward.
 
     Args:
-        prompts (Sequence[Sequence[int]]): what may be shared of each row, token ids.
+        prompts (Sequence[list[int]]): what may be shared of each row, token ids.
 
     Returns:
         list[list[int]]: row numbers, each once, those that share nothing in the last group; depends on ``prompts`` alone.
     """
     path = [_Node(0)]
-    previous: Sequence[int] = ()
+    previous: list[int] = []
     for row in sorted(range(len(prompts)), key=lambda row: prompts[row]):
         _close(path, common_length(previous, prompts[row]))
         path.append(_Node(len(prompts[row]) + 1, [row]))

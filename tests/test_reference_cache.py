@@ -68,8 +68,8 @@ def recipe(workspace, tmp_path, monkeypatch):
     return make
 
 
-def fill(made, directory) -> ReferenceCache:
-    made.setup_reference({"directory": str(directory), "dtype": "float16", "max_gb": None, "lazy": False})
+def fill(made, directory, dtype="float16") -> ReferenceCache:
+    made.setup_reference({"directory": str(directory), "dtype": dtype, "max_gb": None, "lazy": False})
     return made.reference.cache
 
 
@@ -141,11 +141,11 @@ def test_what_rows_share_is_computed_once_to_the_same_values(recipe, tmp_path, m
     monkeypatch.setattr(
         made.decoder, "run", lambda batch, read: tokens.append(batch.tokens.numel()) or own(batch, read)
     )
-    shared = fill(made, tmp_path / "shared")
+    shared = fill(made, tmp_path / "shared", "float32")
     used = sum(tokens)
     tokens.clear()
     made.decoder.longest_shared = 0
-    apart = fill(made, tmp_path / "apart")
+    apart = fill(made, tmp_path / "apart", "float32")
     assert used < 0.7 * sum(tokens)  # of both views, and with the rows that are checked one by one
     assert set(content(shared)) == set(content(apart))  # the same shards
     views = [view for row in range(len(made.rows)) for view in made.reference._views(row)]

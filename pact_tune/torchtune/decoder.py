@@ -83,12 +83,11 @@ class TorchtuneDecoder(Decoder):
             m: m.attn_dropout for m in model.modules() if isinstance(m, MultiHeadAttention) and m.attn_dropout
         }
         *_, last = layers = [m for m in model.modules() if isinstance(m, TransformerSelfAttentionLayer)]
-        if all(
-            isinstance(layer.attn, MultiHeadAttention) for layer in layers
-        ):  # Gemma 2 has another, with caps and windows
+        attentions = [layer.attn for layer in layers if isinstance(layer.attn, MultiHeadAttention)]
+        if len(attentions) == len(layers):  # Gemma 2 has another attention, with caps and windows
             self.longest_shared = model.max_seq_len
-            for layer in layers:
-                layer.attn._attention_call = partial(_attention, layer.attn._attention_call)
+            for attention in attentions:
+                attention._attention_call = partial(_attention, attention._attention_call)
         last.forward = partial(self._last_layer, last)
         model.unembed = self._unembed
 
@@ -109,12 +108,13 @@ class TorchtuneDecoder(Decoder):
         self._index, self._read = batch.index, read
         if batch.shared is None:
             return self.model(batch.tokens, mask=batch.mask, input_pos=batch.input_pos)
-        longest, self.model.max_seq_len = self.model.max_seq_len, batch.tokens.shape[1]  # each row is short enough
+        network: Any = self.model
+        longest, network.max_seq_len = network.max_seq_len, batch.tokens.shape[1]  # each row is short enough
         try:
             with torch.compiler.set_stance("force_eager"):  # layouts differ, and each would be compiled
-                return self.model(batch.tokens, mask=batch.shared, input_pos=batch.input_pos)
+                return network(batch.tokens, mask=batch.shared, input_pos=batch.input_pos)
         finally:
-            self.model.max_seq_len = longest
+            network.max_seq_len = longest
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
