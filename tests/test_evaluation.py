@@ -23,7 +23,7 @@ from pact_tune import cli, generation
 from pact_tune.conversations import load_tokenizer, render_prompt
 from pact_tune.demo import demo_family_path
 from pact_tune.errors import UserError
-from pact_tune.evaluation import benchmarks, coherence, judges, records, report, run, statistics, utility
+from pact_tune.evaluation import benchmarks, coherence, figures, judges, records, report, run, statistics, utility
 from pact_tune.evaluation.answering import VLLM, Answer
 
 ALIGNED, BASE = str(demo_family_path() / "aligned"), str(demo_family_path() / "base")
@@ -665,6 +665,39 @@ def test_a_guard_model_is_shown_prompt_and_response(server, tmp_path, monkeypatc
     assert cli.main([*command, "--rejudge"]) == 0 and len(given) == 2
 
 
+OWN_JUDGE = """
+from pact_tune.evaluation.judges import Verdict
+
+
+class Mine:
+    name, settings, batch_size = "mine", {"judge": "mine"}, 3
+
+    def judge(self, answers):
+        return [Verdict(["refused", "answered", "nonsense"][i % 3]) for i, _ in enumerate(answers)]
+
+
+class Short(Mine):
+    def judge(self, answers):
+        return []
+"""
+
+
+def test_a_judge_of_ones_own(tmp_path, monkeypatch, capsys):
+    """A file in the working directory does; a word that is no label counts as unparsed, never as safe."""
+    (tmp_path / "own_judge.py").write_text(OWN_JUDGE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    command = ["evaluate", f"Base={BASE}", "--output", "out", "--benchmarks", "demo-harmful", "--limit", "6"]
+    assert cli.main([*command, "--judge", "own_judge:Mine"]) == 0
+    counts = run.read_summary(tmp_path / "out" / "Base")["benchmarks"]["demo-harmful"]["counts"]
+    assert counts == {"harm": 2, "safe": 2, "broken": 0, "unparsed": 2}
+    for judge, words in (("own_judge:Short", "gave 0 verdicts on 3"), ("own_judge:Verdict", "There is no judge")):
+        assert cli.main([*command, "--rejudge", "--judge", judge]) == 1
+        assert words in capsys.readouterr().err
+    assert cli.main([*command, "--rejudge", "--judge", "json:JSONDecoder"]) == 1
+    assert "has no 'name'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("judge", "words"),
     [
@@ -803,6 +836,23 @@ def test_the_page_escapes_and_shows_a_runs_own_records(evaluated, tmp_path):
     ):
         assert heading in headings
     assert "http://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", page) and "https://" not in page  # nothing is loaded
+
+
+def test_records_of_runs_that_were_resumed_or_overwritten(tmp_path):
+    records.write_analysis(tmp_path, analysis_records())
+    before = records.read_analysis(tmp_path)
+    records.write_analysis(tmp_path, analysis_records()[:2])
+    assert list(records.read_analysis(tmp_path)) == ["confidence"] and len(before["sample"]) == 10
+    records.write_analysis(tmp_path, analysis_records()[1:])  # steps 1 to 4, step 1 for the second time
+    assert records.read_analysis(tmp_path) == before
+    (tmp_path / "logs").mkdir()
+    first = (
+        "".join(f"Step {step} | ce:{step}.5 kl:0.1 \n" for step in (10, 20, 30)) + "Step 30 | validation_loss:2.0 \n"
+    )
+    (tmp_path / "logs" / "log_1.txt").write_text(first)
+    (tmp_path / "logs" / "log_2.txt").write_text("Step 30 | ce:0.5 kl:0.1 \nStep 40 | ce:0.25 kl:0.1 \n")
+    rows = figures.read_log(tmp_path)
+    assert [(row["step"], row["ce"]) for row in rows] == [(10, 10.5), (20, 20.5), (30, 0.5), (40, 0.25)]
 
 
 def test_a_damaged_analysis_is_one_sentence(tmp_path):

@@ -26,6 +26,11 @@ _STYLE = {
     **{key: _INK for key in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")},
 }
 MARKERS = "osD^vPX*"
+CURVES = {
+    "ce": "cross-entropy (nats)",
+    "kl": "constraint's term (nats)",
+    "validation_loss": "loss on held-out rows (nats)",
+}
 
 Colours = Mapping[str, str]
 
@@ -131,30 +136,32 @@ def _legend(axis: Axes, entries: int) -> None:
     axis.legend(frameon=False, ncols=columns, loc="lower left", bbox_to_anchor=(-0.08, 1.0), columnspacing=1.2)
 
 
-def read_log(folder: Path) -> dict[str, list[float]]:
-    """Metrics of a run, from torchtune's DiskLogger: lists by name, and "step"."""
-    series: dict[str, list[float]] = {}
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """What a run logged, from torchtune's DiskLogger: a record a line, with "step".
+
+    A run that was resumed or overwritten has several files, of which the later one holds from its first step on.
+    """
+    rows: list[dict[str, float]] = []
     for path in sorted((folder / "logs").glob("*.txt")):
+        found = []
         for line in path.read_text().splitlines():
-            step = re.match(r"Step (\d+) \|", line)
-            if step is None:
-                continue
-            series.setdefault("step", []).append(float(step[1]))
-            for name, value in re.findall(r"(\w+):(\S+)", line):
-                series.setdefault(name, []).append(float(value))
-    return series
+            if step := re.match(r"Step (\d+) \|", line):
+                values = {name: float(value) for name, value in re.findall(r"(\w+):(\S+)", line)}
+                found.append({"step": float(step[1]), **values})
+        if found:
+            rows = [row for row in rows if row["step"] < found[0]["step"]] + found
+    return rows
 
 
 def training(runs: Mapping[str, Path], colours: Colours) -> list[Figure]:
     """Training curves of the runs that logged any."""
     logs = {name: read_log(folder) for name, folder in runs.items()}
     shown = []
-    for key, title in (("ce", "cross-entropy (nats)"), ("kl", "constraint's term (nats)")):
-        series = {
-            n: (log["step"], log[key])
-            for n, log in logs.items()
-            if len(log.get(key, ())) == len(log.get("step", (None,)))
-        }
+    for key, title in CURVES.items():
+        series = {}
+        for name, rows in logs.items():
+            if having := [row for row in rows if key in row]:
+                series[name] = ([row["step"] for row in having], [row[key] for row in having])
         if series:
             shown.append(lines(title, "step", series, colours, log=all(min(y) > 0 for _, y in series.values())))
     return shown
@@ -179,11 +186,15 @@ def analysis(
             for name, kinds in records.items():
                 rows = [r for r in kinds.get("sample", []) if r["source"] == source and r[key] is not None]
                 if rows:
-                    series[name] = _smooth([r["step"] for r in rows], [r[key] for r in rows])
+                    series[name] = _means(rows, key)
             if series:
                 by_source.append(lines(f"{title}, {Path(source).name}", "step", series, colours))
     sections.append(
-        ("Loss by kind of row", "Mean over the rows of each step, then over 20 steps (figure 6).", by_source)
+        (
+            "Loss by kind of row",
+            "Mean over the rows that were looked at, of each source (figure 6 of the paper).",
+            by_source,
+        )
     )
     positions = []
     for t in sorted({r["t"] for kinds in records.values() for r in kinds.get("logits", [])}):
@@ -196,22 +207,17 @@ def analysis(
     sections.append(
         (
             "Safety-token logits at the first positions",
-            "Mean over safety tokens and held-out prompts (figure 7).",
+            "Mean over safety tokens and held-out prompts (figure 7 of the paper).",
             positions,
         )
     )
     return sections
 
 
-def _smooth(steps: list[int], values: list[float], window: int = 20) -> tuple[list[float], list[float]]:
-    """Means of each step, then running means over the last `window` steps that have any."""
-    by_step: dict[int, list[float]] = {}
-    for step, value in zip(steps, values, strict=True):
-        by_step.setdefault(step, []).append(value)
+def _means(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    """Steps, and the mean over the rows that were looked at in each."""
+    by_step: dict[float, list[float]] = {}
+    for row in rows:
+        by_step.setdefault(float(row["step"]), []).append(row[key])
     order = sorted(by_step)
-    means = [sum(by_step[step]) / len(by_step[step]) for step in order]
-    running = [
-        sum(means[max(0, i - window + 1) : i + 1]) / len(means[max(0, i - window + 1) : i + 1])
-        for i in range(len(means))
-    ]
-    return [float(step) for step in order], running
+    return order, [sum(by_step[step]) / len(by_step[step]) for step in order]

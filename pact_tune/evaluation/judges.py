@@ -7,7 +7,9 @@ line to :func:`load`.
 import functools
 import importlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -366,12 +368,17 @@ def load(name: str, *, model: str | None = None, endpoint: Endpoint | None = Non
         return Rubric(endpoint)
     module, colon, attribute = name.partition(":")
     if colon:
+        if os.getcwd() not in sys.path:  # a console script has not
+            sys.path.append(os.getcwd())
         try:
-            return vars(importlib.import_module(module))[attribute]()
+            judge = vars(importlib.import_module(module))[attribute]()
         except (ImportError, KeyError, TypeError) as error:
             raise UserError(
                 f"There is no judge '{name}' ({error}): give MODULE:CLASS, importable from here."
             ) from error
+        if lacking := [part for part in ("name", "settings", "batch_size", "judge") if not hasattr(judge, part)]:
+            raise UserError(f"'{name}' is no judge, since it has no '{lacking[0]}': see Judge in {__name__}.")
+        return judge
     raise UserError(f"There is no judge '{name}': give {', '.join(NAMES)}, or MODULE:CLASS.")
 
 

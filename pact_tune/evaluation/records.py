@@ -106,7 +106,7 @@ ANALYSIS_KINDS: dict[str, dict[str, str]] = {
     },
     # Figure 6
     "sample": {
-        "step": "optimiser step, counted from 1",
+        "step": "optimiser steps done; 0: the initial model",
         "source": "which of the data's sources the row comes from, as the data set's report names it",
         "row": "row number in the data set",
         "tokens": "response tokens of the row",
@@ -123,7 +123,7 @@ ANALYSIS_KINDS: dict[str, dict[str, str]] = {
 
 
 def read_analysis(folder: str | Path) -> dict[str, list[Record]]:
-    """The figures' records of a run.
+    """The figures' records of a run; what stands before a look at the initial model is of a run that was overwritten.
 
     Args:
         folder (str | Path): the run's output folder.
@@ -135,9 +135,9 @@ def read_analysis(folder: str | Path) -> dict[str, list[Record]]:
         UserError: a damaged record, or one of an unknown kind.
     """
     path = Path(folder) / ANALYSIS_FILE
-    found: dict[str, list[Record]] = {}
+    found: dict[str, dict[tuple, Record]] = {}
     if not path.exists():
-        return found
+        return {}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
@@ -148,8 +148,12 @@ def read_analysis(folder: str | Path) -> dict[str, list[Record]]:
             raise UserError(f"Line {number} of '{path}' is no record of a known kind: delete the line.") from error
         if not keys <= set(record):
             raise UserError(f"Line {number} of '{path}' lacks '{sorted(keys - set(record))[0]}': delete the line.")
-        found.setdefault(record["kind"], []).append(record)
-    return found
+        if record["kind"] == "confidence" and record["step"] == 0:
+            found.clear()
+        # A run that was killed behind a look and resumed before it looks again.
+        moment = tuple(record.get(key) for key in ("step", "epoch", "t", "source", "row"))
+        found.setdefault(record["kind"], {})[moment] = record
+    return {kind: list(records.values()) for kind, records in found.items()}
 
 
 def write_analysis(folder: str | Path, records: Sequence[Record]) -> None:

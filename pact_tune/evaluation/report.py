@@ -296,11 +296,12 @@ class Comparison:
             for title, values in masses.items() if any(values.values())
         ]  # fmt: skip
         runs = {row.name: run for row in self.rows if (run := _run_folder(row.summaries[0].get("source", "")))}
+        first = " Of several seeds: the first." if any(len(row.folders) > 1 for row in self.rows) else ""
         sections = [
             ("Compliance against accuracy", "Lower right is better: the task learned, harmful requests still refused.", pareto),
             ("Over-refusal and broken answers", "Lower is better for both.", beside),
-            ("Safety tokens", "Probability of all safety tokens together, with the aligned model's own answer as prefix.", by_position),
-            ("Training", "Each method's own loss, as it was logged.", figures.training(runs, colours)),
+            ("Safety tokens", "Probability of all safety tokens together, with the aligned model's own answer as prefix." + first, by_position),
+            ("Training", "Each method's own loss, as it was logged." + first, figures.training(runs, colours)),
             *figures.analysis({name: read_analysis(run) for name, run in runs.items()}, colours),
         ]  # fmt: skip
         return [section for section in sections if section[2]]

@@ -324,8 +324,13 @@ def _scored(record: Record, correct: bool) -> Record:
 
 def _verdicts(kind: str, judge: Judge, records: list[Record], scores: Journal | None) -> list[Record]:
     answers = [Answered(record["prompt"], record["response"], record["ended"]) for record in records]
+    verdicts = judge.judge(answers)
+    if len(verdicts) != len(answers):
+        raise UserError(
+            f"Judge '{judge.name}' gave {len(verdicts)} verdicts on {len(answers)} answers: mend its class."
+        )
     found = []
-    for record, verdict in zip(records, judge.judge(answers), strict=True):
+    for record, verdict in zip(records, verdicts, strict=True):
         broken = coherence.broken_because(record["prompt"], record["response"])
         if broken is None and scores is not None and scores.done[record["index"]].get("unlikely"):
             broken = coherence.UNLIKELY
