@@ -29,7 +29,7 @@ class Harness:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise UserError(
-                f"lm-evaluation-harness is not usable here ({one_line(error)}): pip install 'lm-eval[hf]' 'peft<0.19'."
+                f"lm-evaluation-harness is not usable here ({one_line(error)}): pip install lm-eval 'peft<0.19'."
             ) from error
         if include is not None and not Path(include).is_dir():
             raise UserError(f"The folder '{include}' given with --lm-eval-include does not exist: check the path.")
