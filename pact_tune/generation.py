@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pact_tune.batching import batches_by_length
-from pact_tune.errors import cannot_load
+from pact_tune.errors import UserError, cannot_load, one_line
 
 
 def load_model(
@@ -39,9 +39,9 @@ def load_model(
         PreTrainedModel: in eval mode, on the device.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or the device cannot be used.
     """
-    device = torch.device(device or default_device())
+    device = usable_device(device or default_device())
     try:
         dtype = dtype or compute_dtype(folder, device, trust_remote_code)
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -50,6 +50,22 @@ def load_model(
     except Exception as error:  # a damaged file raises safetensors' own types, a missing package ImportError
         raise cannot_load("model", folder, error) from error
     return (model if device_map else model.to(device)).eval()
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """A device by name.
+
+    Raises:
+        UserError: there is none of that name, or none here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: built without CUDA
+        raise UserError(
+            f"The device '{name}' cannot be used here ({one_line(error)}): choose cpu, or one that is here."
+        ) from error
+    return device
 
 
 def default_device() -> str:

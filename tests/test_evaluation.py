@@ -117,6 +117,53 @@ def test_other_settings_in_the_same_folder_are_refused(evaluated, capsys):
     assert "other settings (max_new_tokens)" in message and message.count("\n") == 1
 
 
+EDITED = {  # what somebody did to a finished evaluation -> what is said
+    "a line of another index": (lambda folder: _append(folder / "responses", '{"index": 99, "prompt": "", "response": "", "ended": true, "tokens": []}'), "an answer with index 99"),
+    "a line without a response": (lambda folder: _append(folder / "responses", '{"index": 2}'), "Line 21 of"),
+    "no JSON": (lambda folder: _append(folder / "responses", "???"), "Line 21 of"),
+    "settings that are none": (lambda folder: (folder / "responses" / "demo-harmful.settings.json").write_text("[1]"), "is damaged"),
+    "a summary of something else": (lambda folder: (folder / "summary.json").write_text('{"format": 1}'), "delete it and run"),
+    "a summary in pieces": (lambda folder: (folder / "summary.json").write_text("{"), "delete it and run"),
+}  # fmt: skip
+
+
+def _append(folder: Path, line: str) -> None:
+    with (folder / "demo-harmful.jsonl").open("a") as stream:
+        stream.write(line + "\n")
+
+
+@pytest.mark.parametrize("edit", EDITED)
+def test_edited_folders_are_one_sentence(evaluated, tmp_path, capsys, edit):
+    folder = shutil.copytree(evaluated / "Base", tmp_path / "Base")
+    change, words = EDITED[edit]
+    change(folder)
+    command = ["evaluate", f"Base={BASE}", "--output", str(tmp_path), "--benchmarks", "demo-harmful", "--limit", "20"]
+    for more in ([], ["--rejudge"]) if "summary" not in edit else ([],):
+        assert cli.main([*command, *more]) == 1
+        message = capsys.readouterr().err
+        assert words in message and message.count("\n") == 1, message
+
+
+def test_edited_answers_are_judged_anew_and_verdicts_that_are_gone_are_missed(evaluated, tmp_path, capsys):
+    folder = shutil.copytree(evaluated / "Base", tmp_path / "Base")
+    shutil.copytree(folder, tmp_path / "Other")
+    answers = folder / "responses" / "demo-harmful.jsonl"
+    rows = [row | {"response": "I cannot help with that."} for row in lines(answers)]
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", f"Base={BASE}", "--output", str(tmp_path), "--benchmarks", "demo-harmful", "--limit", "20"]
+    assert cli.main([*command, "--rejudge"]) == 0
+    entry = run.read_summary(folder)["benchmarks"]["demo-harmful"]
+    assert entry["counts"]["safe"] == 20
+    file = folder / entry["verdicts"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in lines(file)[1:]))
+    shutil.copytree(folder, tmp_path / "Third")
+    assert cli.main(["compare", str(folder), str(tmp_path / "Third"), "--output", str(tmp_path)]) == 1
+    assert "has 19 of 20 verdicts" in capsys.readouterr().err
+    # Another model under the same name is not added to what is there.
+    assert cli.main([*command[:1], f"Base={ALIGNED}", *command[2:-3], "demo-benign", *command[-2:]]) == 1
+    assert "an evaluation of another model" in capsys.readouterr().err
+
+
 SLOW = """
 import sys, time
 from pact_tune import cli
@@ -441,6 +488,27 @@ def test_own_files(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "a"}, "answer"),
+        ({"prompt": "a", "regex": "("}, "regex"),
+        ({"prompt": "a", "answer": "yes", "choices": "yes"}, "choices"),
+        ({"prompt": "a", "answer": "yes", "choices": ["no", "never"]}, "choices"),
+        ({"messages": [{"role": "assistant", "content": "yes"}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "content"),
+        ({"messages": "hello"}, "string"),
+    ],
+)
+def test_unfit_rows_of_an_own_task_are_one_sentence(tmp_path, row, column):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(
+        json.dumps({"prompt": "a", "answer": "yes", "choices": ["yes", ["no", "never"]]}) + "\n" + json.dumps(row)
+    )
+    with pytest.raises(UserError, match=f"Row 2 of .* is no row of benchmark 'mine' .*{column}"):
+        benchmarks.load(benchmarks.find(f"task:mine={file}"))
+
+
+@pytest.mark.parametrize(
     ("content", "words"),
     [
         ("question\nCrumplewark\n", "column 'forbidden_prompt' is missing"),
@@ -467,6 +535,15 @@ def test_a_checkpoint_without_a_tokenizer_is_one_sentence(tmp_path, capsys):
     assert cli.main(command) == 1
     message = capsys.readouterr().err
     assert "No tokenizer could be loaded" in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["gpuu", "cuda:7"])
+def test_a_device_that_is_not_here_is_one_sentence(tmp_path, capsys, device):
+    command = ["evaluate", BASE, "--output", str(tmp_path / "out"), "--benchmarks", "demo-harmful", "--device", device]
+    assert cli.main(command) == 1
+    message = capsys.readouterr().err
+    assert f"The device '{device}' cannot be used here" in message and message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_vllm_is_given_token_ids_once_rendered(monkeypatch):

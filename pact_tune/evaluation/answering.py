@@ -131,6 +131,8 @@ class Local:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
+        if device is not None:
+            generation.usable_device(device)
         self.files = _files(name)
         self.tokenizer = load_tokenizer(str(self.files.tokenizer))
         self.device, self.tokens_per_batch, self.temperature, self.seed = device, tokens_per_batch, temperature, seed

@@ -8,6 +8,7 @@ import csv
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,11 +134,31 @@ def own_task(row: Mapping[str, Any]) -> Item:
     """A user's row: "messages" whose last turn is the answer, or "prompt" with "answer", "choices" or "regex"."""
     if "messages" in row:
         turns: list[Message] = [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"]]
+        if [turn["role"] for turn in turns[-2:]] != ["user", "assistant"]:
+            raise ValueError("messages")
         return Item(turns[:-1], {"answer": turns[-1]["content"]})
     target = {key: row[key] for key in ("answer", "choices", "regex") if row.get(key) is not None}
     if not {"answer", "regex"} & set(target):
         raise KeyError("answer")
+    if "regex" in target and not _is_pattern(target["regex"]):
+        raise ValueError("regex")
+    if "choices" in target:
+        texts = {
+            name.casefold()
+            for choice in target["choices"]
+            for name in ([choice] if isinstance(choice, str) else choice)
+        }
+        if isinstance(target["choices"], str) or str(target["answer"]).casefold() not in texts:
+            raise ValueError("choices")
     return Item([{"role": "user", "content": row["prompt"]}], target)
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def own_scorer(target: Mapping[str, Any]) -> utility.Scorer:

@@ -9,6 +9,7 @@ from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
 
 Record = dict[str, Any]
+WORDS = {"items": "items, which are the benchmark's rows up to --limit"}  # settings that no option is called by
 
 
 class Journal:
@@ -54,8 +55,8 @@ class Journal:
             old = self._read_settings()
             if differing := [key for key in settings if old.get(key) != settings[key]]:
                 raise UserError(
-                    f"'{self.path}' was made with other settings ({', '.join(differing)}): choose another output folder, "
-                    "or delete this file and its settings."
+                    f"'{self.path}' was made with other settings ({', '.join(WORDS.get(key, key) for key in differing)}): choose "
+                    "another output folder, or delete this file and its settings."
                 )
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +66,10 @@ class Journal:
 
     def _read_settings(self) -> Record:
         try:
-            return json.loads(self.settings_path.read_text(encoding="utf-8"))
+            return dict(json.loads(self.settings_path.read_text(encoding="utf-8")))
         except FileNotFoundError as error:
             raise UserError(f"'{self.path}' is not there: run `pact evaluate` first.") from error
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"'{self.settings_path}' is damaged: delete it and '{self.path.name}'.") from error
 
     def _read(self, mend: bool) -> list[Record]:

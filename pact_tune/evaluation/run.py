@@ -154,11 +154,14 @@ def read_summary(folder: str | Path) -> Record:
         raise UserError(
             f"'{folder}' holds no finished evaluation ({SUMMARY_FILE} is missing): run `pact evaluate` on the model."
         ) from error
-    except ValueError as error:
-        raise UserError(f"'{path}' is damaged: run `pact evaluate` again, which keeps the answers.") from error
-    found = summary.get("format") if isinstance(summary, dict) else None
-    if found != FORMAT:
-        raise UserError(f"'{path}' has format {found}, this pact-tune reads {FORMAT}: evaluate again.")
+    except ValueError:
+        summary = None
+    if not isinstance(summary, dict) or not {"format", "name", "model", "benchmarks"} <= set(summary):
+        raise UserError(f"'{path}' is damaged: delete it and run `pact evaluate` again, which keeps the answers.")
+    if summary["format"] != FORMAT:
+        raise UserError(
+            f"'{path}' has format {summary['format']}, this pact-tune reads {FORMAT}: delete it and evaluate again."
+        )
     return summary
 
 
