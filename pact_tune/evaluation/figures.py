@@ -116,11 +116,12 @@ def lines(
     """Curves by name."""
 
     def plot(axis: Axes) -> None:
-        for number, (name, (x, y)) in enumerate(series.items()):
+        for name, (x, y) in series.items():
             few = len(x) <= 20
-            marker = MARKERS[number % len(MARKERS)] if few else None
+            marker = MARKERS[list(colours).index(name) % len(MARKERS)] if few else None
             axis.plot(x, y, color=colours[name], label=name, linewidth=1.2, marker=marker, markersize=4)
         axis.set(xlabel=across)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if share:
             axis.set_ylim(-0.02, 1.02)
         if log:
