@@ -14,6 +14,7 @@ matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#7f8c8d", "#d1495b", "#2e86c1", "#2a9d61", "#e08e0b", "#8e63ce", "#17a2b8", "#b5651d", "#c2459a", "#6b8e23")
 _INK = "#010203"  # stands for the page's text colour while matplotlib draws
@@ -121,7 +122,7 @@ def lines(
             marker = MARKERS[list(colours).index(name) % len(MARKERS)] if few else None
             axis.plot(x, y, color=colours[name], label=name, linewidth=1.2, marker=marker, markersize=4)
         axis.set(xlabel=across)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if share:
             axis.set_ylim(-0.02, 1.02)
         if log:
