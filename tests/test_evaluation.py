@@ -754,6 +754,8 @@ class Mine:
 
 
 class Short(Mine):
+    settings = {"judge": "short"}
+
     def judge(self, answers):
         return []
 """
