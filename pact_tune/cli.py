@@ -85,7 +85,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if log.debugging():
             raise
-        print(f"pact: {error}", file=sys.stderr)
+        message = f"pact: {error}"
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from pact_tune.distributed import refuse  # imports torch, which `pact --help` does not need
+
+            message = refuse(message)
+        print(message, file=sys.stderr)
         return 1
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

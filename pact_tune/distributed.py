@@ -29,7 +29,6 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
         int | str | None: what the process exits with: None, the message of a user error, or 128 + a signal's number. With
         several processes nothing returns: each end ends the process.
     """
-    rank = log.rank()
     try:
         if "LOCAL_RANK" in os.environ:
             # Ranks also talk on the CPU, without waiting for a device.
@@ -40,12 +39,7 @@ def run_ranks(work: Callable[[], None]) -> int | str | None:
     except UserError as error:
         if log.debugging():
             raise
-        # Every rank meets the same error; one says it. torchrun ends all with the first that fails, and reports on each that
-        # failed: let that be rank 0 alone.
-        if rank:
-            signal.signal(signal.SIGTERM, lambda *_: _exit(0))
-            time.sleep(SECONDS_FOR_RANK_0)
-        return _end(f"pact_lora_finetune: {error}")
+        return refuse(f"pact_lora_finetune: {error}")
     except Interrupted as error:
         log.logger.info(error)
         return _stopped(error.code)
@@ -61,14 +55,18 @@ def _stopped(code: int) -> int:
     return code
 
 
-def _end(message: str) -> str:
+def refuse(message: str) -> str:
     """Ends a process that torchrun started, so that a message stands at the end of what is written; else returns it.
 
-    torchrun writes twenty lines about a process that failed, and ends them with what it finds in its error file.
+    torchrun ends all processes with the first that fails, writes forty lines about those that failed, and ends them with
+    what it finds in its error file. Every rank meets the same user error: let rank 0 be the one that fails with it.
     """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not file:
         return message
+    if log.rank():
+        signal.signal(signal.SIGTERM, lambda *_: _exit(0))
+        time.sleep(SECONDS_FOR_RANK_0)
     reply = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
     Path(file).write_text(json.dumps(reply))
     _exit(1)

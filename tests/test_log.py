@@ -1,6 +1,7 @@
 """Messages and progress: streams, ranks, bars on a terminal, lines elsewhere."""
 
 import io
+import json
 import logging
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 from recipe import tune_run
 
-from pact_tune import cli, log
+from pact_tune import cli, distributed, log
 from pact_tune.errors import UserError
 from pact_tune.log import EVERY_RANK, logger, progress
 
@@ -97,3 +98,14 @@ def test_the_recipe_shows_tracebacks_on_demand(monkeypatch):
         tune_run(monkeypatch, "demo/pact_lora", "epochs=0")
     with pytest.raises(UserError, match="epochs"):
         cli.main(["validate", "demo/pact_lora", "epochs=0"])
+
+
+def test_one_of_several_processes_leaves_a_user_error_to_torchruns_report(tmp_path, capsys, monkeypatch):
+    """Any command, so that the sentence stands below the report and not above it."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    monkeypatch.setattr(distributed, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["tokens", "show", f"{tmp_path}/absent"])
+    assert "is neither a folder" in json.loads(file.read_text())["message"]["message"]
+    assert capsys.readouterr().err == ""
