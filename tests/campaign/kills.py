@@ -333,12 +333,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each kind of work")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="*", default=[], help="only these; Merging needs Training before it")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
     args = parser.parse_args(argv)
     log.setup()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    kinds = [kind for kind in KINDS if not args.kinds or kind.__name__ in args.kinds]
     with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), args.kills, args.seed).report(args.output)
+        return campaign(Path(name), args.kills, args.seed, kinds).report(args.output)
 
 
 if __name__ == "__main__":
