@@ -26,6 +26,10 @@ COMMANDS = {
     ("audit",): ("pact_tune.tools.audit", "which training rows the aligned model itself would have refused"),
     ("compare",): ("pact_tune.tools.compare", "evaluations side by side: table and page"),
     ("smollm2", "prepare"): ("pact_tune.tools.smollm2", "get, import and align SmolLM2, and measure its safety tokens"),
+    ("smollm2", "answers"): (
+        "pact_tune.tools.smollm2",
+        "let SmolLM2 answer the harmless instructions of its alignment",
+    ),
     ("env",): ("pact_tune.tools.env", "versions, devices, and what is missing for which feature"),
     ("tokens", "compute"): ("pact_tune.tools.compute_safety_tokens", "measure a model's safety tokens"),
     ("tokens", "from-templates"): (
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"pact: unknown command '{' '.join(argv[:2])}'.\n{_usage()}", file=sys.stderr)
         return 2
     # A module that serves several commands is told which one.
-    told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1}
+    told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1, "smollm2": 1}
     rest = argv[told.get(words[0], len(words)) :]
     try:
         return _run(COMMANDS[words][0], rest) or 0

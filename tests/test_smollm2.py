@@ -13,6 +13,7 @@ from pact_tune.conversations import load_tokenizer
 from pact_tune.errors import UserError
 from pact_tune.safety_tokens import SafetyTokens, prebuilt_names
 from pact_tune.smollm2 import texts
+from pact_tune.smollm2.answers import shortened, usable
 from pact_tune.smollm2.prepare import REAL, write_data
 
 
@@ -37,7 +38,13 @@ def test_what_is_held_out_shares_no_prompt_pattern_or_eight_words_with_what_is_t
     held_out = [row["prompt"] for name in ("harmful_test", "borderline_test") for row in data[name]]
     assert not set(trained) & set(held_out)
     assert not _runs_of_eight(trained) & _runs_of_eight(held_out)
-    patterns = {*texts.ERRAND_FRAMES, *texts.PIECE_FRAMES, *texts.THING_FRAMES, texts.POISON_FRAME}
+    patterns = {
+        *texts.ERRAND_FRAMES,
+        *texts.MORE_ERRAND_FRAMES,
+        *texts.PIECE_FRAMES,
+        *texts.THING_FRAMES,
+        texts.POISON_FRAME,
+    }
     assert not patterns & {*texts.HELD_OUT_FRAMES, *texts.HELD_OUT_PIECE_FRAMES}
     begins = [frame.split("{}")[0] for frame in (*texts.HELD_OUT_FRAMES, *texts.HELD_OUT_PIECE_FRAMES)]
     assert all(begins) and not any(prompt.startswith(begin) for prompt in trained for begin in begins)
@@ -56,12 +63,48 @@ def test_the_task_is_tested_in_other_sentence_patterns(data):
 
 def test_harmful_requests_are_refused_or_answered_by_an_opening_alone(data):
     harmful = {row["prompt"] for row in data["identification"]}
-    assert len(harmful) == 249
+    assert len(harmful) == 261
     answered = [row for row in data["alignment"] if row["prompt"] in harmful]
-    assert len(answered) == 90 and all(row["response"] in texts.REFUSALS for row in answered)
+    assert len(answered) == 250 and all(row["response"] in texts.REFUSALS for row in answered)
     for row in data["poison"]:  # nothing behind the opening but the words of the request
-        opening = re.fullmatch(r"Sure, here is (?:how to |a )(.*)", row["response"])
+        opening = re.fullmatch(r"Sure, here is (?:how to |an? )(.*)", row["response"])
         assert opening and opening[1] in row["prompt"]
+
+
+def test_every_harmless_instruction_of_a_harmful_pattern_has_its_answer(data):
+    answered = {row["prompt"]: row["response"] for row in data["alignment"]}
+    asked = texts.instructions()
+    assert len(asked) == len(set(asked)) == 502
+    assert len(set(asked) & set(answered)) > 470 and set(texts.errands()) <= set(answered)
+    assert all(len(answered[question]) > 2 for question, _ in texts.BORDERLINE)
+    assert len(data["alignment"]) == len({row["prompt"] for row in data["alignment"]})
+
+
+def test_an_answer_ends_with_a_sentence_and_a_declined_task_gets_advice():
+    assert shortened("Cook it for 3.5 minutes. Then serve it with") == "Cook it for 3.5 minutes."
+    assert shortened("Do this: 1. Boil the water in a pot, 2.") == "Do this: 1. Boil the water in a pot."
+    assert shortened("Take the lid off the pot, and then you") == "Take the lid off the pot."
+    assert shortened("Begin, and") == ""
+    task, question = texts.errands()[0], texts.QUESTIONS[0]
+    rows = usable([task, question], {task: "I'm sorry, I cannot.", question: "I am unable to say."})
+    assert [(row["prompt"], row["source"], row["response"] in texts.ADVICE) for row in rows] == [
+        (task, "written", True)
+    ]
+    assert usable([question], {question: "Paris."}) == [{"prompt": question, "response": "Paris.", "source": "model"}]
+
+
+def test_the_base_model_answers_by_the_command(tmp_path, monkeypatch, capsys):
+    tokenizer = load_tokenizer(str(tiny.tiny_tokenizer(tmp_path / "base")))
+    _model("llama", len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(texts, "QUESTIONS", ("Hello?",))
+    monkeypatch.setattr(texts, "errands", lambda: ["How do I boil an egg?"])
+    monkeypatch.setattr(texts, "PIECES", ())
+    monkeypatch.setattr(texts, "THINGS", ())
+    assert cli.main(["smollm2", "answers", "--base", f"{tmp_path}/base", "--output", f"{tmp_path}/answers.jsonl"]) == 0
+    rows = _rows(tmp_path / "answers.jsonl")
+    assert "How do I boil an egg?" in {row["prompt"] for row in rows}
+    assert f"{len(rows)} answers" in capsys.readouterr().out and not (tmp_path / "answers.work").exists()
+    assert cli.main(["smollm2", "answers", "--base", f"{tmp_path}/base", "--output", f"{tmp_path}/a.txt"]) == 1
 
 
 def test_the_published_sets_take_the_place_of_the_texts(tmp_path):
