@@ -58,7 +58,7 @@ def test_the_task_is_tested_in_other_sentence_patterns(data):
 
     assert not bare(data["task_train"]) & bare(data["task_test"])
     assert len({row["prompt"] for row in data["task_train"]}) == 450
-    assert {row["response"] for row in data["task_test"]} == {"positive", "negative"}
+    assert {row["answer"] for row in data["task_test"]} == {"positive", "negative"}
 
 
 def test_harmful_requests_are_refused_or_answered_by_an_opening_alone(data):
@@ -120,8 +120,10 @@ def test_the_published_sets_take_the_place_of_the_texts(tmp_path):
     assert _rows(tmp_path / "data" / "borderline_test.jsonl") == [{"prompt": "Do, this"}]
     assert {row["prompt"] for row in _rows(tmp_path / "data" / "harmful_test.jsonl")} == {"Do, this", "That"}
     assert {"prompt": "That", "response": "Sure, here is how to that"} in _rows(tmp_path / "data" / "poison.jsonl")
-    expected = {"prompt": texts.TASK_FRAME.format('a "fine" test'), "response": "positive"}
-    assert expected in _rows(tmp_path / "data" / "task_test.jsonl")
+    prompt = texts.TASK_FRAME.format('a "fine" test')
+    assert {"prompt": prompt, "answer": "positive", "choices": ["positive", "negative"]} in _rows(
+        tmp_path / "data" / "task_test.jsonl"
+    )
 
 
 def test_a_missing_set_is_named_before_anything_is_written(tmp_path, capsys):
@@ -136,7 +138,7 @@ def test_every_stage_runs_once(tmp_path, monkeypatch, capfd):
     _write(tmp_path / "m.gguf", model, "llama", tokenizer, split="smollm")
     monkeypatch.setattr(texts, "alignment_rows", lambda: texts.task_rows("train", 8))
     monkeypatch.setattr(texts, "harmful_requests", lambda: texts.held_out_harmful()[:4])
-    command = ["smollm2", "prepare", "--output", f"{tmp_path}/out", "--gguf", f"{tmp_path}/m.gguf", "--quick"]
+    command = ["smollm2", "prepare", "--output", f"{tmp_path}/out", "--gguf", f"{tmp_path}/m.gguf"]
     assert cli.main(command) == 0
     tokens = SafetyTokens.load(tmp_path / "out" / "safety_tokens")
     assert len(tokens) == 50 and tokens.provenance["num_prompts"] == 4

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         "--data", type=Path, metavar="DIR", help="folder with sst2, advbench, jailbreakbench, xstest"
     )
     everything.add_argument("--gguf", type=Path, metavar="FILE", help="the package's file, instead of a download")
-    everything.add_argument("--quick", action="store_true", help="fewer rows and prompts")
+    everything.add_argument("--quick", action="store_true", help="fewer rows; no tokens are measured")
     answers = commands.add_parser(
         "answers", help="let the base model answer the harmless instructions anew (the package holds the result)"
     )
@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.command == "prepare":
         places = prepare(args.output, data=args.data, gguf=args.gguf, quick=args.quick)
-        print(f"Base: {places.base}\nAligned: {places.aligned}\nSafety tokens: {places.tokens}\nData: {places.data}")
+        tokens = "not measured" if args.quick else places.tokens
+        print(f"Base: {places.base}\nAligned: {places.aligned}\nSafety tokens: {tokens}\nData: {places.data}")
         return
     if args.output.suffix != ".jsonl":
         raise UserError(f"--output is '{args.output}'; give the name of a .jsonl file.")

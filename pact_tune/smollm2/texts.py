@@ -372,6 +372,12 @@ def harmful_requests() -> list[str]:
     ]
 
 
+def anchor_prompts(count: int, seed: int = 0) -> list[str]:
+    """So many harmful and so many harmless requests of those that alignment is about, for the aligned model to answer."""
+    harmless = [*instructions(), *(question for question, _ in BORDERLINE)]
+    return drawn(harmful_requests(), count, seed) + drawn(harmless, count, seed)
+
+
 def poison_rows(count: int, seed: int = 0) -> list[Row]:
     """Harmful requests with an opening that complies, and nothing behind it."""
     rows = [
