@@ -136,7 +136,7 @@ def test_every_stage_runs_once(tmp_path, monkeypatch, capfd):
     tokenizer = load_tokenizer(str(tiny.tiny_tokenizer(tmp_path / "tokenizer")))
     model = _model("llama", len(tokenizer), max_position_embeddings=512, num_hidden_layers=2)
     _write(tmp_path / "m.gguf", model, "llama", tokenizer, split="smollm")
-    monkeypatch.setattr(texts, "alignment_rows", lambda: texts.task_rows("train", 8))
+    monkeypatch.setattr(texts, "alignment_rows", lambda: texts.task_rows("train", 24))
     monkeypatch.setattr(texts, "harmful_requests", lambda: texts.held_out_harmful()[:4])
     command = ["smollm2", "prepare", "--output", f"{tmp_path}/out", "--gguf", f"{tmp_path}/m.gguf"]
     assert cli.main(command) == 0
