@@ -63,7 +63,7 @@ def test_the_task_is_tested_in_other_sentence_patterns(data):
 
 def test_harmful_requests_are_refused_or_answered_by_an_opening_alone(data):
     harmful = {row["prompt"] for row in data["identification"]}
-    assert len(harmful) == 261
+    assert len(harmful) == 269
     answered = [row for row in data["alignment"] if row["prompt"] in harmful]
     assert len(answered) == 250 and all(row["response"] in texts.REFUSALS for row in answered)
     for row in data["poison"]:  # nothing behind the opening but the words of the request
