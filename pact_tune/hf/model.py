@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 
 from pact_tune.adapters import Adapter, LoRASpec, Update, check_fits, read_adapter
 from pact_tune.config import Dropout, PathText, Positive, Size, Text
@@ -268,7 +268,9 @@ def checkpoint_names(model: PreTrainedModel, weights: dict[str, Any]) -> dict[st
     renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
     names = {}
     for name in weights:
-        renamed = apply_renamings(name, renamings)
+        renamed = name
+        for renaming in renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
         if renamed != name and renamed.endswith(".weight"):
             names[renamed.removesuffix(".weight")] = name.removesuffix(".weight")
     return names
