@@ -4,7 +4,7 @@
 
 Both members of a pair train the same random model of a published model's proportions on the same rows, on one thread, in
 turns in one process; the ratio of their CPU times within a round counts. Peak memory is measured in a process of its own
-for each. docs/performance.md has the numbers.
+for each.
 """
 
 import argparse
