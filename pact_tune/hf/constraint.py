@@ -364,7 +364,8 @@ class Constraint:
         Returns:
             Any: ``counted``, or a number in its place.
         """
-        if counted is None or int(counted) > 0:
+        # A look at a number on a GPU waits for it, and only such rows can make it zero.
+        if counted is None or all(row.ce_weight for row in self.rows) or int(counted) > 0:
             return counted
         tokens = torch.stack([batch["batch"].weight.sum() for batch in batches]).sum()
         if trainer.args.average_tokens_across_devices:
