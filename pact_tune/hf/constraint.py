@@ -130,6 +130,7 @@ class Constraint:
             self.analysis_options = AnalysisSettings(**settings(AnalysisSettings, analysis, "analysis"))
         self.analysis: Analysis | None = None
         self.rows = [row for part in data for row in part.conversations]
+        self._all_trained = all(row.ce_weight for row in self.rows)
         self._row_of = {row.key: number for number, row in enumerate(self.rows)}
         if initial:
             self._keep_initial_adapter(causal_lm)
@@ -365,7 +366,7 @@ class Constraint:
             Any: ``counted``, or a number in its place.
         """
         # A look at a number on a GPU waits for it, and only such rows can make it zero.
-        if counted is None or all(row.ce_weight for row in self.rows) or int(counted) > 0:
+        if counted is None or self._all_trained or int(counted) > 0:
             return counted
         tokens = torch.stack([batch["batch"].weight.sum() for batch in batches]).sum()
         if trainer.args.average_tokens_across_devices:
