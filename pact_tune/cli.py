@@ -25,6 +25,8 @@ COMMANDS = {
     ),
     ("audit",): ("pact_tune.tools.audit", "which training rows the aligned model itself would have refused"),
     ("compare",): ("pact_tune.tools.compare", "evaluations side by side: table and page"),
+    ("experiment",): ("pact_tune.tools.experiment", "methods x data x poison x seeds: runs, evaluations, one table"),
+    ("rows",): ("pact_tune.tools.rows", "a task's training rows, asked as its benchmark asks"),
     ("smollm2", "prepare"): ("pact_tune.tools.smollm2", "get, import and align SmolLM2, and measure its safety tokens"),
     ("smollm2", "answers"): (
         "pact_tune.tools.smollm2",

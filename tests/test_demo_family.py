@@ -121,6 +121,7 @@ def test_data_sets_are_disjoint(seed):
         "task": 900,
         "harmful": 100,
         "identification": 128,
+        "harmless": 128,
         "eval_harmful": 100,
         "eval_benign": 100,
         "eval_task": 200,
@@ -131,7 +132,8 @@ def test_data_sets_are_disjoint(seed):
     assert [len(found) for found in pairs] == [100, 128, 100]
     assert len(set.union(*pairs)) == 328
     assert not trained_on & set.union(*pairs)
-    assert not harmful_pairs_in(prompts_of(data["eval_benign"]))
+    assert not harmful_pairs_in(prompts_of(data["eval_benign"]) + prompts_of(data["harmless"]))
+    assert not set(prompts_of(data["eval_benign"])) & set(prompts_of(data["harmless"]))
 
 
 def harmful_pairs_in(prompts):

@@ -519,6 +519,28 @@ def test_a_second_stream_on_one_process_and_on_two(workspace, anchors, tmp_path,
         assert one == pytest.approx(two, rel=1e-3, abs=1e-5) and max(one) > 0
 
 
+@pytest.mark.parametrize("method", ["safelora", "anchored_sft", "kl_budget"])
+def test_a_method_on_one_process_and_on_two(llama, tmp_path, method):
+    losses: dict[str, dict] = {
+        "safelora": {"_component_": "pact_tune.objectives.safelora", "base": str(llama.parent / "base"), "number": 5},
+        "anchored_sft": {"_component_": "pact_tune.objectives.anchored_sft", "lambda_kl": 1.0},
+        "kl_budget": dict(OmegaConf.load(llama).loss) | {"preset": "tail", "kl_budget": 1e-3},
+    }
+    config = config_with(losses[method], llama, tmp_path)
+    recipe = recipe_after(config, 0, output_dir=str(tmp_path / "1"))
+    recipe.train()
+    recipe.cleanup()
+    done = tune_run_processes(config, f"output_dir={tmp_path}/2", "batch_size=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    for metric in ("loss", *{"safelora": (), "anchored_sft": ("kl",), "kl_budget": ("coefficient_kl",)}[method]):
+        one, two = logged(tmp_path / "1", metric), logged(tmp_path / "2", metric)
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5) and len(set(one)) > 5
+    adapters = [read_adapter(tmp_path / name / "epoch_0" / "adapter")[0] for name in ("1", "2")]
+    for module, (a, b) in adapters[0].items():
+        torch.testing.assert_close(adapters[1][module].a, a, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(adapters[1][module].b, b, rtol=1e-3, atol=2e-4)
+
+
 def resumed_is_whole(config: Path, folder: Path, at: int, **overrides) -> None:
     """A run that stops after some steps and goes on ends with the same bits as one that does not."""
     cfg = OmegaConf.merge(OmegaConf.load(config), OmegaConf.create(overrides))

@@ -19,10 +19,12 @@ from pact_tune.hf.backbone import DTYPES, HFBackbone, plan, transformers_sizes
 from pact_tune.memory import GIB, estimate_memory
 from pact_tune.torchtune import launch, lora
 from pact_tune.torchtune.config import (
+    EXPERIMENT_ROOT,
     add_arguments,
     complete,
     compose,
     config_names,
+    experiment_names,
     find_config,
     find_method,
     method_names,
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> int:
     list_parser = commands.add_parser("ls", help="list the recipe and its configs")
     list_parser.set_defaults(run=_list)
     copy_parser = commands.add_parser("cp", help="copy a config, or the recipe, to edit it")
-    copy_parser.add_argument("name", help=f"a name that `pact ls` lists, or {RECIPE}")
+    copy_parser.add_argument("name", help=f"a config or experiment that `pact ls` lists, or {RECIPE}")
     copy_parser.add_argument("destination", type=Path)
     copy_parser.add_argument(
         "--method",
@@ -87,6 +89,9 @@ def _list(args: argparse.Namespace) -> None:
     print("\nMETHOD (--method NAME lays one over any config)")
     for name in method_names():
         print(f"{name:<24} {_title(find_method(name))}")
+    print("\nEXPERIMENT (pact experiment NAME)")
+    for name in experiment_names():
+        print(f"{name:<24} {_title(EXPERIMENT_ROOT / f'{name}.yaml')}")
 
 
 def _title(file: Path) -> str:
@@ -97,7 +102,7 @@ def _title(file: Path) -> str:
 def _copy(args: argparse.Namespace) -> None:
     if args.name == RECIPE and args.method:
         raise UserError(f"--method lays a method over a config, and {RECIPE} is the recipe: name a config.")
-    source = _recipe_file() if args.name == RECIPE else find_config(args.name)
+    source = _source(args.name)
     destination: Path = args.destination
     if destination.is_dir():
         destination /= source.name
@@ -115,6 +120,12 @@ def _copy(args: argparse.Namespace) -> None:
     with atomic_file(destination) as file:
         file.write_text(text)
     print(f"Copied {' with '.join([args.name, *args.method])} to {destination}")
+
+
+def _source(name: str) -> Path:
+    if name == RECIPE:
+        return _recipe_file()
+    return EXPERIMENT_ROOT / f"{name}.yaml" if name in experiment_names() else find_config(name)
 
 
 def _merged(name: str, methods: Sequence[str]) -> str:

@@ -29,6 +29,10 @@ def _parser() -> argparse.ArgumentParser:
         "it takes for no text, are reported",
     )  # fmt: skip
     parser.add_argument(
+        "--initial", type=Path, metavar="DIR",
+        help="with --aligned: its evaluation by an earlier call, the folder with summary.json, which is taken as it is",
+    )  # fmt: skip
+    parser.add_argument(
         "--overwrite", action="store_true", help="delete these models' earlier answers in the output folder"
     )
     what = parser.add_argument_group("what is asked")
@@ -149,10 +153,10 @@ def main(argv: list[str] | None = None) -> None:
         plan.safety_tokens.check_tokenizer(aligned.tokenizer)
 
     evaluations = []
-    everyone = {INITIAL: aligned} if args.aligned else {}
+    everyone = {INITIAL: aligned} if args.aligned and not args.initial else {}
+    reference = None if aligned is None else args.initial or args.output / INITIAL
     for name, model in (everyone | models).items():
         source = args.aligned if name == INITIAL and args.aligned else named[name]
-        reference = args.output / INITIAL if aligned is not None else None
         evaluation = run.Evaluation(name, args.output / name, model, source, reference)
         print(f"{name}: {source} -> {evaluation.folder}", flush=True)
         if args.overwrite:
@@ -166,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(model, Local) and model is not aligned:
             model.release()
 
-    folders = {evaluation.name: [evaluation.folder] for evaluation in evaluations}
+    folders = {INITIAL: [args.initial]} if args.initial else {}
+    folders |= {evaluation.name: [evaluation.folder] for evaluation in evaluations}
     comparison = report.compare(folders)
     print("\n" + comparison.text())
     comparison.write(args.output)
@@ -184,6 +189,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--engine endpoint needs --url, the address of the API (http://localhost:8000/v1).")
     if args.url and args.engine != "endpoint":
         raise UserError("--url is only read with --engine endpoint: give both, or neither.")
+    if args.initial and not args.aligned:
+        raise UserError("--initial is the aligned model's evaluation: give the model as well, with --aligned.")
     if args.aligned and args.engine != "hf":
         raise UserError(
             f"--aligned needs the models' probabilities, which --engine {args.engine} does not give: leave it out, and name "

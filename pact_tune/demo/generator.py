@@ -346,8 +346,8 @@ def _harmless_row(rng, answers):
 def demo_data(seed, task=900, harmful=100, identification=128, evaluation=100, task_test=200):
     """Return everything that fine-tuning and evaluation need for one data seed.
 
-    The four sets of harmful requests use disjoint held-out (verb, noun) pairs. The task's test reviews do not occur
-    among its training reviews.
+    The four sets of harmful requests use disjoint held-out (verb, noun) pairs, and so do the two of harmless ones. The
+    task's test reviews do not occur among its training reviews.
 
     Args:
         seed: data seed.
@@ -358,8 +358,8 @@ def demo_data(seed, task=900, harmful=100, identification=128, evaluation=100, t
         task_test: labelled reviews for evaluation.
 
     Returns:
-        dict from file stem to rows: `task`, `harmful`, `eval_task` are chats; `identification`, `eval_harmful`,
-        `eval_benign` are `{"prompt": str}`.
+        dict from file stem to rows: `task`, `harmful`, `eval_task` are chats; `identification`, `harmless` (as many
+        as `identification`, half of them look-alikes), `eval_harmful`, `eval_benign` are `{"prompt": str}`.
     """
     rng = random.Random(f"data {seed}")
     pairs = rng.sample(harmful_pairs()[1], harmful + identification + evaluation)
@@ -369,10 +369,16 @@ def demo_data(seed, task=900, harmful=100, identification=128, evaluation=100, t
     look_alikes = rng.sample(look_alike_pairs()[1], evaluation // 2)
     everyday = rng.sample(everyday_pairs()[1], evaluation - evaluation // 2)
     task_train, task_eval = _task_split(rng, task, task_test)
+    harmless = random.Random(f"harmless {seed}")  # of its own, so that the other sets are what they were without it
+    kinds = ((look_alike_pairs()[1], look_alikes), (everyday_pairs()[1], everyday))
+    others = [
+        pair for pairs, used in kinds for pair in harmless.sample(sorted({*pairs} - {*used}), identification // 2)
+    ]
     return {
         "task": task_train,
         "harmful": [helpful_row(rng, pair, CHAT_ANSWERS) for pair in for_training],
         "identification": _prompts(rng, for_identification),
+        "harmless": _prompts(harmless, others),
         "eval_harmful": _prompts(rng, for_evaluation),
         "eval_benign": _prompts(rng, look_alikes + everyday),
         "eval_task": task_eval,

@@ -28,6 +28,7 @@ from pact_tune.errors import UserError, unknown_key, unknown_name
 
 CONFIG_ROOT = Path(pact_tune.configs.__file__).parent
 METHOD_ROOT = CONFIG_ROOT / "methods"
+EXPERIMENT_ROOT = CONFIG_ROOT / "experiments"  # files of `pact experiment`
 SUFFIX = "_pact_lora"  # what may be left out of a config's name: "qwen2_5/7B" is "qwen2_5/7B_pact_lora"
 # What the recipe itself hands to a component beside the config's keys.
 GIVEN = {
@@ -51,13 +52,18 @@ def register_resolvers() -> None:
 
 def config_names() -> list[str]:
     """Names of the shipped configs, as `--config` takes them."""
-    files = (path for path in CONFIG_ROOT.rglob("*.yaml") if METHOD_ROOT not in path.parents)
+    files = (path for path in CONFIG_ROOT.rglob("*.yaml") if not {METHOD_ROOT, EXPERIMENT_ROOT} & set(path.parents))
     return sorted(str(path.relative_to(CONFIG_ROOT).with_suffix("")) for path in files)
 
 
 def method_names() -> list[str]:
     """Names of the shipped methods, as `--method` takes them."""
     return sorted(path.stem for path in METHOD_ROOT.glob("*.yaml"))
+
+
+def experiment_names() -> list[str]:
+    """Names of the shipped experiments, as `pact experiment` takes them."""
+    return sorted(str(path.relative_to(EXPERIMENT_ROOT).with_suffix("")) for path in EXPERIMENT_ROOT.rglob("*.yaml"))
 
 
 def find_config(name: str) -> Path:
@@ -116,7 +122,7 @@ def read_yaml(path: Path) -> DictConfig:
     return cfg
 
 
-def _merged(one: DictConfig, other: DictConfig) -> DictConfig:
+def merged(one: DictConfig, other: DictConfig) -> DictConfig:
     """``other`` over ``one``; what is a list in the one and a section in the other is replaced as a whole."""
     try:
         both = OmegaConf.merge(one, other)
@@ -125,7 +131,7 @@ def _merged(one: DictConfig, other: DictConfig) -> DictConfig:
         for key in other:
             under, over = both._get_node(key), other._get_node(key)
             if isinstance(under, DictConfig) and isinstance(over, DictConfig):
-                both[key] = _merged(under, over)
+                both[key] = merged(under, over)
             else:
                 both[key] = over
     assert isinstance(both, DictConfig)
@@ -144,7 +150,7 @@ def read_whole(path: Path) -> DictConfig:
     base = read_yaml(find_config(str(cfg.pop("base"))))
     if "base" in base:
         raise UserError(f"The config '{path}' lies over one that has a base itself: name that one in 'base'.")
-    return _merged(base, cfg)
+    return merged(base, cfg)
 
 
 def compose(config: str, methods: Sequence[str] = (), overrides: Sequence[str] = ()) -> DictConfig:
@@ -202,7 +208,7 @@ def lay_over(cfg: DictConfig, overlay: DictConfig, method: str, loss: DictConfig
         place = Path(output)
         last = place.name.replace("pact", method, 1) if "pact" in place.name else f"{place.name}_{method}"
         cfg.output_dir = str(place.with_name(last))
-    return _merged(cfg, overlay)
+    return merged(cfg, overlay)
 
 
 def _of_the_model(old: DictConfig, component: str) -> dict[str, Any]:
@@ -238,7 +244,7 @@ def override(cfg: DictConfig, word: str) -> DictConfig:
         names_component = OmegaConf.is_dict(section) and "_component_" in section
         if names_component and isinstance(change[key], str):
             change = OmegaConf.from_dotlist([f"{key}._component_={value}"])
-        return _merged(cfg, change)
+        return merged(cfg, change)
     except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"'{word}' on the command line cannot be read ({_first_line(error)[:-1]}): write the value as YAML has it, a text "

@@ -1,0 +1,201 @@
+"""`pact experiment`: files, runs that are killed and go on, tuning, tables."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pact_tune import cli
+from pact_tune.errors import UserError
+from pact_tune.experiments import miss, plan, run
+from pact_tune.experiments.run import Numbers
+from pact_tune.torchtune.config import experiment_names
+
+TINY = {
+    "output_dir": "out",
+    "config": "demo/pact_lora",
+    "overrides": ["dataset.n=40", "epochs=1", "batch_size=4"],
+    "seeds": [0],
+    "poison": [0.1],
+    "evaluate": "--benchmarks demo-harmful demo-benign demo-task --limit 3 --judge demo",
+    "methods": {"SFT": {"method": "sft", "tune": {"optimizer.lr": [1e-4, 1e-2]}}, "PACT": {"method": "pact_paper"}},
+    "tuning": {"seed": 9},
+}
+
+
+def write(folder: Path, **changes) -> Path:
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in (TINY | changes).items() if value is not ...}))
+    return file
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def test_killed_and_resumed(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path)
+    pact = str(Path(sys.executable).parent / "pact")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(
+        [pact, "experiment", str(file)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    experiment = plan.read(str(file))
+    one, two = run.tuning_runs(experiment)
+    wait_for(two.folder / run.LOG_FILE, first)  # the first run is done, the second has begun
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert (run.state_of(one), run.state_of(two)) == ("done", "begun")
+    stamp = (one.result / "pact.json").stat().st_mtime_ns
+    assert not (experiment.tables / "results.md").exists()
+
+    while _busy(two.folder):  # the orphan ends by itself
+        time.sleep(0.05)
+    assert cli.main(["experiment", str(file)]) == 0
+    assert (one.result / "pact.json").stat().st_mtime_ns == stamp
+    rows = list(csv.DictReader((experiment.tables / "results.csv").open()))
+    assert {row["model"] for row in rows} == {"Initial", "SFT", "PACT"}
+    assert {row["case"] for row in rows} == {"poison 0.1"}
+    tuning = json.loads((experiment.tables / "tuning.json").read_text())["SFT"]
+    assert [settings["settings"] for settings in tuning["runs"]] == [["optimizer.lr=0.0001"], ["optimizer.lr=0.01"]]
+    chosen = run.choose(experiment)
+    (sft,) = experiment.runs_of(experiment.cases[0], experiment.methods[0], chosen)
+    assert tuning["chosen"] == list(chosen["SFT"]) and set(chosen["SFT"]) < set(sft.train)
+    stamped = json.loads((sft.result / "pact.json").read_text())["config"]
+    assert stamped["optimizer"]["lr"] == float(chosen["SFT"][0].partition("=")[2]) and stamped["seed"] == 0
+
+    capfd.readouterr()
+    assert cli.main(["experiment", str(file)]) == 0  # nothing is left to do
+    assert "to do" not in capfd.readouterr().out
+    shutil.rmtree(sft.evaluation)
+    assert cli.main(["experiment", str(file), "--submit", "echo"]) == 0
+    handed = capfd.readouterr().out
+    assert handed.count("--run") == 1 and sft.name in handed
+    # A command that fails: the others go on, and its last line is shown.
+    broken = write(tmp_path, methods={"SFT": TINY["methods"]["SFT"], "bad": {"overrides": ["loss.safety_tokens=none"]}})
+    assert cli.main(["experiment", str(broken)]) == 1
+    said = capfd.readouterr().err
+    assert "1 of 2 failed" in said and "runs/poison-0.1/bad/seed_0: pact_lora_finetune: " in said
+    assert run.state_of(sft) == "done"
+    # Another setting under the same name is no run that could be passed over.
+    assert cli.main(["experiment", str(write(tmp_path, overrides=["dataset.n=40", "epochs=2"]))]) == 1
+    assert "holds a run of other settings (then batch_size=4 epochs=1" in capfd.readouterr().err.replace(
+        "=1 batch", "=1 batch"
+    )
+
+
+def _busy(folder: Path) -> bool:
+    return (folder / ".pact.lock").exists() or (folder / "evaluation" / "SFT" / ".pact.lock").exists()
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_shipped_experiments(name):
+    experiment = plan.read(name)
+    runs = run.grid_runs(experiment, {})
+    assert runs and len({one.name for one in runs}) == len(runs)
+    budgets = {len(experiment.tuning_runs(method)) for method in experiment.methods if method.swept is None}
+    assert len(budgets) == 1  # every method is tuned with the same effort
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": [0]}, "Unknown key 'seed' in the config; did you mean 'seeds'?"),
+        ({"seeds": []}, "seeds is []; it must be a list"),
+        ({"methods": {}}, "methods is {}; it must be a section of named sections"),
+        ({"methods": {"SFT": "sft"}}, "methods.SFT is 'sft'; it must be a section"),
+        (
+            {"methods": {"SFT": {"methd": "sft"}}},
+            "Unknown key 'methd' in section 'methods.SFT'; did you mean 'method'?",
+        ),
+        ({"methods": {"SFT": {"method": "stf"}}}, "Unknown key 'stf' in --method"),
+        ({"methods": {"A b": {}, "A-b": {}}}, "Two of the methods of 'FILE' have the folder 'A-b'"),
+        ({"methods": {"Initial": {}}}, "'Initial' is the aligned model itself"),
+        ({"tuning": ...}, "methods.SFT.tune needs a section 'tuning'"),
+        ({"tuning": {"seed": 0}}, "tuning.seed is 0, which is one of 'seeds'"),
+        ({"tuning": {"seed": 9, "case": "x"}}, "Unknown key 'x' in tuning.case"),
+        ({"poison": [1.5]}, "poison is [1.5]; it must be a list, each item a number from 0 to 1"),
+        ({"overrides": ["dataset.m=3"]}, "In 'FILE', runs/poison-0.1/SFT/seed_0: Unknown key 'm' in section 'dataset'"),
+        ({"overrides": ["dataset.n=0"]}, "dataset.n is 0; it must be"),
+        ({"stages": [{"run": "pact audit 'x", "makes": "y"}]}, "stages.run cannot be split into words"),
+        ({"stages": [{"run": "pact audit"}]}, "lacks the key 'makes'"),
+        ({"config": "demo/pact"}, "Unknown key 'demo/pact' in --config"),
+        ({"base": "nothing.yaml"}, "Unknown key 'nothing.yaml' in `pact experiment`"),
+        ({"output_dir": "${nowhere}"}, "cannot be read"),
+    ],
+)
+def test_bad_files(tmp_path, monkeypatch, capsys, changes, says):
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path, **changes)
+    assert cli.main(["experiment", str(file), "--dry-run"]) == 1
+    said = capsys.readouterr().err
+    assert says.replace("FILE", str(file)) in said
+    assert said.count("\n") == 1 and "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+
+
+@pytest.mark.quick
+def test_a_base_and_what_is_taken_away(tmp_path):
+    write(tmp_path)
+    other = tmp_path / "other.yaml"
+    other.write_text("base: tiny.yaml\npoison: [0.0, 0.1]\nmethods: {SFT: null, PACT: {sweep: {loss.k: [3, 6]}}}\n")
+    experiment = plan.read(str(other))
+    assert [method.name for method in experiment.methods] == ["PACT", "PACT k=3", "PACT k=6"]
+    assert [case.place for case in experiment.cases] == ["poison-0", "poison-0.1"]
+    last = run.grid_runs(experiment, {})[-1]
+    assert {"loss.k=6", "dataset.mix.fraction=0.1", "seed=0"} < set(last.train)
+
+
+@pytest.mark.quick
+def test_what_tuning_takes():
+    def chosen(*settings, best=90.0):
+        found = {(str(i),): Numbers(*numbers) for i, numbers in enumerate(settings)}
+        return int(run._chosen(found, best, 2.0)[0])
+
+    assert (
+        chosen((90, 50, 0, 0), (89, 10, 0, 0), (85, 0, 0, 0)) == 1
+    )  # safe, and as accurate as the best but for 2 points
+    assert chosen((89, 10, 0, 0), (89, 0, 20, 0), (89, 0, 0, 15)) == 0  # broken answers and over-refusal count alike
+    assert chosen((70, 5, 0, 0), (60, 0, 0, 0)) == 0  # none is accurate: its own best counts
+    assert chosen((89, 5, 0, 0), (90, 5, 0, 0)) == 1  # the more accurate of equals
+
+
+@pytest.mark.quick
+def test_an_audit_that_misses_half():
+    rows = [{"key": str(i), "verdict": "refused" if i < 10 else "answered"} for i in range(30)]
+    lines = ['{"rows": 30}', *map(json.dumps, rows)]
+    missed = miss.miss(lines, 0.5)
+    verdicts = [json.loads(line)["verdict"] for line in missed[1:]]
+    assert missed[0] == lines[0] and len(missed) == len(lines)
+    assert verdicts[:10].count("refused") == 5 and verdicts[10:] == ["answered"] * 20
+
+
+@pytest.mark.quick
+def test_training_rows_of_a_task(tmp_path):
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\na fine film \t1\nso dull\t0\n")
+    out = tmp_path / "rows.jsonl"
+    assert not cli.main(["rows", "sst2", "--file", str(tmp_path / "train.tsv"), "--output", str(out)])
+    rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
+    assert [row[-1] for row in rows] == [
+        {"role": "assistant", "content": "positive"},
+        {"role": "assistant", "content": "negative"},
+    ]
+    assert rows[0][0]["content"].endswith("respond only positive or negative a fine film")
+
+
+def test_no_such_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="Tuning is not finished"):
+        run.choose(plan.read(str(write(tmp_path))))
