@@ -33,7 +33,9 @@ TINY = {
 
 def write(folder: Path, **changes) -> Path:
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump({key: value for key, value in (TINY | changes).items() if value is not ...}))
+    file.write_text(
+        yaml.safe_dump({key: value for key, value in (TINY | changes).items() if value is not ...}, sort_keys=False)
+    )
     return file
 
 

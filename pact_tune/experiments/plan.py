@@ -21,6 +21,7 @@ from pact_tune.torchtune.config import (
     compose,
     experiment_names,
     merged,
+    override,
     read_yaml,
     register_resolvers,
 )
@@ -434,7 +435,15 @@ def _methods(name: str, item: dict[str, Any]) -> Iterator[Method]:
 @functools.cache
 def _checked(config: str, overlays: tuple[str, ...], overrides: tuple[str, ...]) -> DictConfig:
     """A run's config but for its seed and its folder."""
-    return complete(compose(config, overlays, overrides))
+    return complete(_composed(config, overlays, overrides))
+
+
+@functools.cache
+def _composed(config: str, overlays: tuple[str, ...], overrides: tuple[str, ...]) -> DictConfig:
+    """Runs differ in their last overrides, so what they share is composed once."""
+    if not overrides:
+        return compose(config, overlays)
+    return override(_composed(config, overlays, overrides[:-1]), overrides[-1])
 
 
 def _case(settings: dict[str, Any], name: str, poison: float | None) -> Case:
