@@ -536,9 +536,9 @@ def test_a_method_on_one_process_and_on_two(llama, tmp_path, method):
         one, two = logged(tmp_path / "1", metric), logged(tmp_path / "2", metric)
         assert one == pytest.approx(two, rel=1e-3, abs=1e-5) and len(set(one)) > 5
     adapters = [read_adapter(tmp_path / name / "epoch_0" / "adapter")[0] for name in ("1", "2")]
-    for module, (a, b) in adapters[0].items():
-        torch.testing.assert_close(adapters[1][module].a, a, rtol=1e-3, atol=2e-4)
-        torch.testing.assert_close(adapters[1][module].b, b, rtol=1e-3, atol=2e-4)
+    for module, one in adapters[0].items():
+        torch.testing.assert_close(adapters[1][module].a, one.a, rtol=1e-3, atol=2e-4)
+        torch.testing.assert_close(adapters[1][module].b, one.b, rtol=1e-3, atol=2e-4)
 
 
 def resumed_is_whole(config: Path, folder: Path, at: int, **overrides) -> None:

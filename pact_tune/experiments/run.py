@@ -264,8 +264,9 @@ def tuning_runs(experiment: Experiment) -> list[Run]:
 
 
 def grid_runs(experiment: Experiment, chosen: Mapping[str, Words]) -> list[Run]:
-    """All runs of the tables."""
-    return [run for case, method in experiment.grid() for run in experiment.runs_of(case, method, chosen)]
+    """All runs of the tables, the first seed of every row before the second of any."""
+    rows = [experiment.runs_of(case, method, chosen) for case, method in experiment.grid()]
+    return [run for seed in zip(*rows, strict=True) for run in seed]
 
 
 @dataclass(frozen=True)
