@@ -6,7 +6,6 @@ python -m pact_tune.experiments.miss audit.jsonl --share 0.5 --output half.jsonl
 import argparse
 import json
 import random
-import sys
 from pathlib import Path
 
 from pact_tune.files import atomic_file
@@ -45,4 +44,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
