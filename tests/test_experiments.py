@@ -120,7 +120,10 @@ def test_shipped_experiments(name):
             {"methods": {"SFT": {"methd": "sft"}}},
             "Unknown key 'methd' in section 'methods.SFT'; did you mean 'method'?",
         ),
-        ({"methods": {"SFT": {"method": "stf"}}}, "Unknown key 'stf' in --method"),
+        (
+            {"methods": {"SFT": {"method": "stf"}}},
+            "'stf' is no method of `pact ls`, and no file either; did you mean 'str'?",
+        ),
         ({"methods": {"A b": {}, "A-b": {}}}, "Two of the methods of 'FILE' have the folder 'A-b'"),
         ({"methods": {"Initial": {}}}, "'Initial' is the aligned model itself"),
         ({"tuning": ...}, "methods.SFT.tune needs a section 'tuning'"),
@@ -131,8 +134,11 @@ def test_shipped_experiments(name):
         ({"overrides": ["dataset.n=0"]}, "dataset.n is 0; it must be"),
         ({"stages": [{"run": "pact audit 'x", "makes": "y"}]}, "stages.run cannot be split into words"),
         ({"stages": [{"run": "pact audit"}]}, "lacks the key 'makes'"),
-        ({"config": "demo/pact"}, "Unknown key 'demo/pact' in --config"),
-        ({"base": "nothing.yaml"}, "Unknown key 'nothing.yaml' in `pact experiment`"),
+        (
+            {"config": "demo/pact"},
+            "'demo/pact' is no config of `pact ls`, and no file either; did you mean 'demo/pact_lora'?",
+        ),
+        ({"base": "nothing.yaml"}, "'nothing.yaml' is no experiment of `pact ls`, and no file either"),
         ({"output_dir": "${nowhere}"}, "cannot be read"),
     ],
 )
