@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field
 
 from pact_tune.config import Count, Fraction, Number, PathText, Seed, Text, check, defaults, refuse
-from pact_tune.errors import UserError, one_line, unknown_key
+from pact_tune.errors import UserError, one_line, unknown_key, unknown_name
 from pact_tune.torchtune.config import (
     EXPERIMENT_ROOT,
     complete,
@@ -371,9 +371,7 @@ def find(name: str, beside: Path = Path()) -> Path:
     for path in (Path(name), beside / name, EXPERIMENT_ROOT / f"{name.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path
-    raise unknown_key(
-        name, experiment_names(), "`pact experiment` (no such file, and no shipped experiment of that name)"
-    )
+    raise unknown_name("experiment of `pact ls`, and no file either", name, experiment_names())
 
 
 def _first_choices(methods: Sequence[Method]) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
