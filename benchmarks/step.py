@@ -82,6 +82,7 @@ WORKS: dict[str, tuple[list[tuple[int, int]], int | None]] = {
     "AG News": ([(95, 3)], 4),
     "GSM8K": ([(70, 170), (60, 140)], None),
 }
+SHARED: dict[str, int] = {}  # tokens that all prompts of a work begin with; 0 where it is not named
 # Rows of published data with Qwen2.5's tokenizer and template: files below $PACT_TUNE_TEST_DATA (see tests/test_real_data.py).
 REAL = {
     "SST-2 rows": "pact_official/SST2_5k_p_0.json",
@@ -122,7 +123,8 @@ def random_rows(tokenizer: Any, work: str, rows: int, vocab_size: int) -> ChatDa
         return [rng.randrange(100, vocab_size) for _ in range(n)]
 
     responses = [tokens(lengths[i % len(lengths)][1]) for i in range(distinct or rows)]
-    prompts = [tokens(lengths[i % len(lengths)][0]) for i in range(rows)]
+    shared = tokens(SHARED.get(work, 0))
+    prompts = [shared + tokens(lengths[i % len(lengths)][0] - len(shared)) for i in range(rows)]
     conversations = []
     for i, prompt in enumerate(prompts):
         response = responses[i % len(responses)]
@@ -284,7 +286,7 @@ def torchtunes_own(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def published_step(cfg: DictConfig) -> Callable[[list[int]], Any]:
-    """The published procedure, rows padded to 512 unless the work is to be compared at matched shapes."""
+    """The published procedure, rows padded to 512 unless they are to be compared at matched shapes."""
     device = torch.device(cfg.device)
     dataset = config.instantiate(cfg.dataset, None)
     model, reference = _plain_model(cfg), _plain_model(cfg).requires_grad_(False)
@@ -296,7 +298,8 @@ def published_step(cfg: DictConfig) -> Callable[[list[int]], Any]:
 
     def step(rows: list[int]) -> None:
         conversations = [dataset.conversations[row] for row in rows]
-        pad_to = max(len(c.tokens) for c in conversations) if cfg.dataset.work == "matched" else PAD_TO
+        longest = max(len(c.tokens) for c in conversations)
+        pad_to = longest if longest == sum(WORKS["matched"][0][0]) else PAD_TO
         loss = published_loss(
             model, reference, conversations, header, ids, weights, 1.0,
             tokenizer.pad_token_id, pad_to,

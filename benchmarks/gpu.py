@@ -1,0 +1,498 @@
+"""Everything that waits for a GPU, in one script of under nine minutes on one H100, without a network.
+
+    python -m benchmarks.gpu --output DIR                          on a GPU
+    python -m benchmarks.gpu --output DIR --device cpu --tiny      every line of it, in a minute
+
+Two parts, each of which writes its CSV into the folder as it goes, so that a run that is cut keeps what it has:
+
+    checks.csv    losses, cache, exports and the rest of what a run leaves, on the device against the CPU
+    steps.csv     a step at true size, of everyone who makes it: time, weights, peak memory; and the filling of the cache
+
+What cannot be run fails, by name, and the rest goes on; the exit code is then 1. docs/performance.md says how to carry it to
+a machine without a network.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import gc
+import importlib.metadata
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Distribution and the version that it must have (None: any).
+NEEDED = {
+    "torch": None, "transformers": None, "torchtune": "0.6.1", "torchao": "0.15.0", "peft": None, "trl": None,
+    "omegaconf": None, "datasets": None, "safetensors": None, "tokenizers": None, "jinja2": None, "tqdm": None,
+}  # fmt: skip
+PARTS = ("checks", "steps")
+
+
+class Table:
+    """A CSV file that grows by a line as soon as a result is there, and what has failed so far.
+
+    Args:
+        path (Path): an older one is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failed: list[str] = []
+        self.columns: list[str] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Writes and prints one line; the first gives the columns."""
+        new = not self.columns
+        self.columns = self.columns or list(row)
+        with self.path.open("w" if new else "a", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print("  ".join(str(value) for value in row.values()), flush=True)
+
+    @contextlib.contextmanager
+    def attempt(self, name: str, deadline: float) -> Iterator[None]:
+        """What goes wrong inside is printed and remembered; nothing is begun after the deadline."""
+        try:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no time was left for it")
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            message = str(error).splitlines()[0] if str(error) else ""
+            self.failed.append(f"{name}: {type(error).__name__} {message}")
+
+
+def missing() -> list[str]:
+    """What is not installed, or in another version than was tested."""
+    found = {}
+    for name in NEEDED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    print("Installed: " + ", ".join(f"{name} {version}" for name, version in found.items()), flush=True)
+    absent = [f"{name}=={version}" if version else name for name, version in NEEDED.items() if name not in found]
+    other = [
+        f"{name}=={version} (there is {found[name]})"
+        for name, version in NEEDED.items()
+        if version and found.get(name, version).split("+")[0] != version
+    ]
+    return absent + other
+
+
+# Checks: a short run on the device against the same on the CPU ----------------------------------------------------------
+
+FLOAT32, BFLOAT16 = 2e-3, 0.1  # how far losses (relative) and probabilities may differ
+BACKBONES = {
+    "torchtune": [],
+    "transformers": [
+        "~checkpointer", "model._component_=pact_tune.hf.causal_lm", "~model.lora_attn_modules", "~model.apply_lora_to_mlp",
+        "~model.lora_rank", "~model.lora_alpha", "~model.lora_dropout", "model.r=8", "model.lora_alpha=16",
+        "model.target_modules=[q_proj,k_proj,v_proj,o_proj]",
+    ],
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One thing that a device may get wrong.
+
+    Attributes:
+        name (str): for people.
+        here (list[str]): overrides of the run on the device.
+        there (list[str]): of the run on the CPU that it is held against.
+        tolerance (float): how far all that is compared may differ.
+        backbones (tuple[str, ...]): on which it is run.
+    """
+
+    name: str
+    here: tuple[str, ...] = ()
+    there: tuple[str, ...] = ()
+    tolerance: float = FLOAT32
+    backbones: tuple[str, ...] = tuple(BACKBONES)
+
+
+NF4 = ("model.quantize_base=True",)
+TAIL = ("loss.preset=tail",)
+LIVE = "reference_cache=null"
+CHECKS = (
+    Check("float32"),
+    Check("tail", TAIL, TAIL),
+    Check("fused AdamW", ("optimizer.fused=True",)),
+    Check("packed", ("packed=True",)),
+    Check("reference in every step", (LIVE,)),
+    Check("activation checkpointing", ("enable_activation_checkpointing=True",)),
+    Check("compile", ("compile=True",), backbones=("torchtune",)),
+    Check("NF4", NF4, NF4, backbones=("torchtune",)),
+    Check("bfloat16", ("dtype=bf16",), tolerance=BFLOAT16),
+)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a short run leaves. Probabilities lie on the CPU.
+
+    Attributes:
+        loss (torch.Tensor): of each step.
+        trained (torch.Tensor): next-token probabilities of the network in training, after the last step.
+        exports (dict[str, torch.Tensor]): the same of what was saved, as transformers and PEFT read it.
+        reference (torch.Tensor): the reference of some rows as steps read it, over the safety tokens.
+        alone (torch.Tensor): the same computed live, row by row.
+    """
+
+    loss: Any
+    trained: Any
+    exports: dict[str, Any]
+    reference: Any
+    alone: Any
+
+
+def write_inputs(folder: Path, rows: int) -> list[str]:
+    """A random checkpoint in float32, wide enough for NF4, with the demo's tokenizer, and some of its rows.
+
+    Returns:
+        list[str]: overrides of the demo's config that name them.
+    """
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    from pact_tune.demo import demo_family_path
+
+    demo = demo_family_path()
+    tokenizer = AutoTokenizer.from_pretrained(demo / "aligned")
+    tokenizer.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    network = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(network).save_pretrained(folder / "model")
+    lines = (demo / "data" / "task.jsonl").read_text().splitlines(keepends=True)[:rows]
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return [
+        f"checkpoint_dir={folder / 'model'}",
+        f"dataset.source={folder / 'rows.jsonl'}",
+        "~dataset.mix",
+        f"dataset.n={rows}",
+    ]
+
+
+def short_run(folder: Path, device: str, steps: int, overrides: Sequence[str]) -> Outcome:
+    """A few steps of the recipe, and what they leave."""
+    import pact_lora_finetune
+    import torch
+
+    from pact_tune.batching import Batch, collate
+    from pact_tune.tools.configs import load
+
+    losses: list[float] = []
+
+    class Recipe(pact_lora_finetune.PACTLoRAFinetuneRecipe):
+        def _log(self) -> str:
+            text = super()._log()
+            losses.append(self.final["loss"])
+            return text
+
+    size = ["batch_size=6", "epochs=1", f"max_steps_per_epoch={steps}", "log_every_n_steps=1"]
+    exact = [] if LIVE in overrides else ["reference_cache.dtype=float32"]
+    cfg = load("demo/pact_lora", [f"output_dir={folder}", f"device={device}", *size, *exact, *overrides])
+    recipe = Recipe(cfg)
+    recipe.setup(cfg)
+    recipe.train()
+    recipe.cleanup()
+    numbers = [row for step in recipe.schedule.epoch(0)[:steps] for row in step][:6]
+    tokens = collate([recipe.rows[row] for row in numbers], 0).tokens
+    everywhere = torch.arange(tokens.numel(), device=device)
+    with torch.no_grad():
+        batch = Batch(tokens.to(device), *[everywhere] * 6)
+        live = recipe.decoder.run(batch, lambda hidden, head: head.logits(hidden)).view(*tokens.shape, -1)
+    read = recipe.decoder.read_reference
+    alone = torch.cat([read([recipe.rows[row]], recipe.objective.reading) for row in numbers])
+    reference = recipe.reference.read(numbers)["full"]
+    exports = read_exports(folder / "epoch_0", cfg.checkpoint_dir, tokens, quantized=set(NF4) <= set(overrides))
+    return Outcome(torch.tensor(losses), probabilities(live), exports, probabilities(reference), probabilities(alone))
+
+
+def probabilities(logits: Any) -> Any:
+    """Softmax in float32, on the CPU."""
+    return logits.detach().float().softmax(-1).cpu()
+
+
+def read_exports(result: Path, base: str, tokens: Any, quantized: bool) -> dict[str, Any]:
+    """Next-token probabilities of a result in transformers: the merged checkpoint, and the adapter on its base."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    models = {"merged checkpoint": AutoModelForCausalLM.from_pretrained(result, dtype=torch.float32)}
+    if not quantized:  # its base exists nowhere but in the run
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        models["PEFT adapter"] = PeftModel.from_pretrained(model, result / "adapter")
+    with torch.no_grad():
+        return {name: probabilities(model(tokens).logits) for name, model in models.items()}
+
+
+def differences(here: Outcome, there: Outcome) -> dict[str, float]:
+    """How far a run on the device is from the one on the CPU, and what it saved from what it trained."""
+
+    def largest(one: Any, other: Any) -> float:
+        return float((one - other).abs().max())
+
+    return {
+        "loss": largest(here.loss / there.loss, 1.0),
+        "trained model": largest(here.trained, there.trained),
+        "reference": largest(here.reference, there.reference),
+        "reference, stored and live": largest(here.reference, here.alone),
+        **{name: largest(export, here.trained) for name, export in here.exports.items()},
+    }
+
+
+def run_checks(table: Table, options: argparse.Namespace, deadline: float) -> None:
+    """Every check on every backbone; a run on the CPU serves all that are held against the same."""
+    steps = 2 if options.tiny else 6
+    known: dict[tuple[str, ...], Outcome] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = write_inputs(folder, 6 * steps)
+        for backbone, check in itertools.product(BACKBONES, CHECKS):
+            if backbone not in check.backbones:
+                continue
+            with table.attempt(f"{backbone}, {check.name}", deadline):
+                there, here = ((*BACKBONES[backbone], *overrides) for overrides in (check.there, check.here))
+                if there not in known:
+                    known[there] = short_run(folder / f"there {len(known)}", "cpu", steps, [*inputs, *there])
+                found = short_run(folder / f"{backbone} {check.name}", options.device, steps, [*inputs, *here])
+                for what, difference in differences(found, known[there]).items():
+                    row = {"backbone": backbone, "check": check.name, "what": what, "difference": f"{difference:.2e}"}
+                    good = difference <= check.tolerance
+                    table.add(row | {"tolerance": check.tolerance, "good": good})
+                    if not good:
+                        table.failed.append(f"{backbone}, {check.name}: {what} differs by {difference:.2e}")
+
+
+# Steps: who takes how long for one, and with how much memory -------------------------------------------------------------
+
+# What transformers calls the networks of benchmarks.step, for TRL.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2.5-7B": (
+        "Qwen2",
+        {
+            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4,
+        },
+    ),
+    "Llama-3.1-8B": (
+        "Llama",
+        {
+            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8,
+        },
+    ),
+    "tiny": (
+        "Qwen2",
+        {
+            "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+    ),
+}  # fmt: skip
+EVERY = "every work"  # rows of all works, so that one network serves them all
+STEPS = {"matched": [0, 4], "AG News": [1, 5], "GSM8K": [2, 6]}  # row numbers of a step of each
+FILLED = "like SST-2"
+CONTENDERS = ("torchtune SFT", "SFT", "cold", "warm", "published", "TRL SFT")
+
+
+def run_steps(table: Table, options: argparse.Namespace, deadline: float) -> None:
+    """All contenders on all works at each size, one after the other, since at true size two do not fit a GPU."""
+    from benchmarks import step
+
+    step.SIZES["tiny"] = step._qwen2(1000, 2, 4, 2, 64, 128)
+    step.WORKS[EVERY] = ([(128, 128), (95, 3), (70, 170), (60, 140)], None)
+    step.WORKS[FILLED] = ([(52, 2)], 2)
+    step.SHARED[FILLED] = 38  # as of SST-2's rows with Qwen2.5's tokenizer and template
+    for size in ("tiny",) if options.tiny else ("Qwen2.5-7B", "Llama-3.1-8B"):
+        for contender in CONTENDERS:
+            with table.attempt(f"{size}, {contender}", deadline), tempfile.TemporaryDirectory() as folder:
+                measure(table, Path(folder), size, contender, options)
+            release(options.device)
+        with table.attempt(f"{size}, filling", deadline):
+            rows = step.measure_filling(
+                size, FILLED, 1 if options.tiny else 2, options.device, 8 if options.tiny else 64
+            )
+            for row in rows:
+                add_times(table, size, row["work"], row["variant"], [row["value"]], 0.0, 0.0)
+        release(options.device)
+
+
+def measure(table: Table, folder: Path, size: str, contender: str, options: argparse.Namespace) -> None:
+    """Times of some steps of each work, after two that warm up, and the peak of memory beyond the weights."""
+    from benchmarks import step
+
+    times = 2 if options.tiny else 10
+    before = resident(options.device)
+    run = contender_step(folder, size, contender, options.device)
+    release(options.device)
+    weights = resident(options.device) - before
+    for work, rows in STEPS.items():
+        for _ in range(2):
+            run(rows)
+        reset_peak(options.device)
+        taken = [step.seconds(lambda rows=rows: run(rows), options.device) for _ in range(times)]
+        add_times(table, size, work, contender, taken, weights, peak(options.device) - before - weights)
+
+
+def add_times(
+    table: Table, size: str, work: str, contender: str, taken: list[float], weights: float, beyond: float
+) -> None:
+    """One line of steps.csv."""
+    low, high = min(taken), max(taken)
+    table.add(
+        {
+            "size": size, "work": work, "contender": contender, "repetitions": len(taken),
+            "median_s": f"{statistics.median(taken):.5g}", "least_s": f"{low:.5g}", "most_s": f"{high:.5g}",
+            "weights_gb": f"{weights:.3f}", "peak_beyond_weights_gb": f"{beyond:.3f}",
+        }
+    )  # fmt: skip
+
+
+def contender_step(folder: Path, size: str, contender: str, device: str) -> Callable[[list[int]], Any]:
+    """A function that makes one optimiser step on rows of :data:`EVERY`."""
+    from benchmarks import step
+
+    cfg = step.make_config(folder, size, EVERY, 8, device, False)
+    if contender == "torchtune SFT":
+        return step.torchtune_step(cfg)
+    if contender == "published":
+        return step.published_step(cfg)
+    if contender == "TRL SFT":
+        return trl_step(cfg, size)
+    return step.recipe_steps(step.make_recipe(cfg))[contender.lower()]
+
+
+def trl_step(cfg: Any, size: str) -> Callable[[list[int]], Any]:
+    """TRL's SFTTrainer as it comes, on a random network of transformers: its own `training_step` and optimiser."""
+    import torch
+    import transformers
+    from datasets import Dataset
+    from peft import LoraConfig
+    from torchtune import config
+    from trl import SFTConfig, SFTTrainer
+
+    from benchmarks import step
+    from pact_tune.hf.constraint import Constraint
+
+    kind, fields = NETWORKS[size]
+    network = getattr(transformers, f"{kind}Config")(**fields)
+    with torch.device(cfg.device), step.training.set_default_dtype(step.DTYPES[cfg.device][1]):
+        model = getattr(transformers, f"{kind}ForCausalLM")(network)
+    dataset = config.instantiate(cfg.dataset, None)
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": len(STEPS["matched"]), "use_cpu": cfg.device == "cpu", "bf16": cfg.device != "cpu",
+        "report_to": "none", "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "max_steps": 1,
+        "learning_rate": cfg.optimizer.lr,
+    }  # fmt: skip
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(str(Path(cfg.output_dir) / "trl"), **settings),
+        train_dataset=Dataset.from_dict(Constraint.columns(dataset)),
+        processing_class=config.instantiate(cfg.tokenizer),
+        peft_config=LoraConfig(r=8, lora_alpha=32, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()  # one step: makes the optimiser and what else belongs to a run
+    examples = list(trainer.train_dataset)
+
+    def make_step(rows: list[int]) -> None:
+        batch = trainer.data_collator([examples[row] for row in rows])
+        tokens = (batch["labels"] != -100).sum().to(trainer.args.device)
+        trainer.training_step(trainer.model_wrapped, batch, tokens)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    return make_step
+
+
+# Memory, in 10^9 bytes
+
+
+def release(device: str) -> None:
+    """Gives back what no longer has an owner."""
+    import torch
+
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def resident(device: str) -> float:
+    """What is allocated now; of a CPU, what the process holds."""
+    from benchmarks import step
+
+    return step._resident(device) / 1e3
+
+
+def reset_peak(device: str) -> None:
+    """Peaks are counted from now on."""
+    from benchmarks import step
+
+    step._reset_peak(device)
+
+
+def peak(device: str) -> float:
+    """The most that was allocated since."""
+    from benchmarks import step
+
+    return step._peak(device) / 1e3
+
+
+# The whole ---------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the parts; see the top of this file.
+
+    Args:
+        argv (list[str] | None): arguments; default: those of the process.
+
+    Returns:
+        int: 0 where everything ran and every check was good.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/gpu"), metavar="DIR", help="for the CSV files")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small networks and few steps")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--minutes", type=float, default=9.0, help="nothing is begun after so many")
+    options = parser.parse_args(argv)
+    deadline = time.monotonic() + 60 * options.minutes
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if absent := missing():
+        print(f"Not installed: {', '.join(absent)}. Nothing was run.", file=sys.stderr)
+        return 1
+    from benchmarks.step import environment
+
+    print(environment(options.device), flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "environment.txt").write_text(environment(options.device) + "\n")
+    failed: list[str] = []
+    for part, run in (("checks", run_checks), ("steps", run_steps)):
+        if part in options.parts:
+            print(f"== {part}", flush=True)
+            table = Table(options.output / f"{part}.csv")
+            run(table, options, deadline)
+            failed += [f"{part}: {line}" for line in table.failed]
+    print("\n".join(["", f"{len(failed)} failed" if failed else "Everything ran, and every check was good.", *failed]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

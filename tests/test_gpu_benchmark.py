@@ -1,0 +1,81 @@
+"""benchmarks/gpu.py on a CPU, every line of it: what it writes, and that nothing is passed over in silence."""
+
+import csv
+
+import pytest
+
+from benchmarks import gpu, step
+
+TINY = ["--device", "cpu", "--tiny"]
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    """Of one run of everything."""
+    folder = tmp_path_factory.mktemp("gpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_BACKEND", "aot_eager")  # inductor takes minutes on a CPU
+        assert gpu.main([*TINY, "--output", str(folder)]) == 0
+    return folder
+
+
+def test_every_check_ran_and_was_good(output):
+    checks = rows(output / "checks.csv")
+    assert {(row["backbone"], row["check"]) for row in checks} == {
+        (backbone, check.name) for check in gpu.CHECKS for backbone in check.backbones
+    }
+    assert all(row["good"] == "True" for row in checks)
+    compared = {row["what"] for row in checks}
+    assert compared == {
+        "loss", "trained model", "reference", "reference, stored and live", "merged checkpoint", "PEFT adapter"
+    }  # fmt: skip
+    assert any(float(row["difference"]) > 1e-3 for row in checks if row["check"] == "bfloat16")
+
+
+def test_every_contender_made_every_step(output):
+    steps = rows(output / "steps.csv")
+    found = {(row["work"], row["contender"]) for row in steps}
+    assert found == {(work, contender) for work in gpu.STEPS for contender in gpu.CONTENDERS} | {
+        (gpu.FILLED, name) for name in ("filling", "filling apart", "warm epoch")
+    }
+    assert all(float(row["median_s"]) > 0 for row in steps)
+    assert "torch" in (output / "environment.txt").read_text()
+
+
+def broken(*_):
+    raise ImportError("no such trainer")
+
+
+def test_what_cannot_be_run_fails_by_name_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "trl_step", broken)
+    monkeypatch.setattr(gpu, "CONTENDERS", ("TRL SFT", "warm"))
+    monkeypatch.setattr(step, "measure_filling", broken)
+    assert gpu.main([*TINY, "--output", str(tmp_path), "--parts", "steps"]) == 1
+    out = capsys.readouterr().out
+    assert "2 failed" in out and "tiny, TRL SFT: ImportError no such trainer" in out
+    assert {row["contender"] for row in rows(tmp_path / "steps.csv")} == {"warm"}
+
+
+def test_numbers_that_differ_fail(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "BACKBONES", {"torchtune": ["optimizer.lr=1e-4"]})
+    monkeypatch.setattr(gpu, "CHECKS", (gpu.Check("another rate", ("optimizer.lr=2e-1",), backbones=("torchtune",)),))
+    assert gpu.main([*TINY, "--output", str(tmp_path), "--parts", "checks"]) == 1
+    assert "torchtune, another rate: trained model differs by" in capsys.readouterr().out
+    assert {row["good"] for row in rows(tmp_path / "checks.csv") if row["what"] == "trained model"} == {"False"}
+
+
+def test_what_is_missing_is_said_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "NEEDED", {"torch": None, "torchtune": "0.1", "no-such-package": "1.0"})
+    assert gpu.main([*TINY, "--output", str(tmp_path / "out")]) == 1
+    assert "Not installed: no-such-package==1.0, torchtune==0.1 (there is 0.6.1)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_begun_when_the_time_is_up(tmp_path, capsys):
+    assert gpu.main([*TINY, "--output", str(tmp_path), "--minutes", "0", "--parts", "steps"]) == 1
+    assert f"{len(gpu.CONTENDERS) + 1} failed" in (out := capsys.readouterr().out) and "no time was left" in out
