@@ -25,7 +25,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,12 @@ class Table:
             writer.writerow(row)
         print("  ".join(str(value) for value in row.values()), flush=True)
 
-    @contextlib.contextmanager
-    def attempt(self, name: str, deadline: float) -> Iterator[None]:
-        """What goes wrong inside is printed and remembered; nothing is begun after the deadline."""
+    def attempt(self, name: str, deadline: float, work: Callable[[], None]) -> None:
+        """Does some work; what goes wrong is printed and remembered, and nothing is begun after the deadline."""
         try:
             if time.monotonic() > deadline:
                 raise TimeoutError("no time was left for it")
-            yield
+            work()
         except Exception as error:
             traceback.print_exc()
             message = str(error).splitlines()[0] if str(error) else ""
@@ -264,20 +264,22 @@ def run_checks(table: Table, options: argparse.Namespace, deadline: float) -> No
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inputs = write_inputs(folder, 6 * steps)
+
+        def compare(backbone: str, check: Check) -> None:
+            there, here = ((*BACKBONES[backbone], *overrides) for overrides in (check.there, check.here))
+            if there not in known:
+                known[there] = short_run(folder / f"there {len(known)}", "cpu", steps, [*inputs, *there])
+            found = short_run(folder / f"{backbone} {check.name}", options.device, steps, [*inputs, *here])
+            for what, difference in differences(found, known[there]).items():
+                row = {"backbone": backbone, "check": check.name, "what": what, "difference": f"{difference:.2e}"}
+                good = difference <= check.tolerance
+                table.add(row | {"tolerance": check.tolerance, "good": good})
+                if not good:
+                    table.failed.append(f"{backbone}, {check.name}: {what} differs by {difference:.2e}")
+
         for backbone, check in itertools.product(BACKBONES, CHECKS):
-            if backbone not in check.backbones:
-                continue
-            with table.attempt(f"{backbone}, {check.name}", deadline):
-                there, here = ((*BACKBONES[backbone], *overrides) for overrides in (check.there, check.here))
-                if there not in known:
-                    known[there] = short_run(folder / f"there {len(known)}", "cpu", steps, [*inputs, *there])
-                found = short_run(folder / f"{backbone} {check.name}", options.device, steps, [*inputs, *here])
-                for what, difference in differences(found, known[there]).items():
-                    row = {"backbone": backbone, "check": check.name, "what": what, "difference": f"{difference:.2e}"}
-                    good = difference <= check.tolerance
-                    table.add(row | {"tolerance": check.tolerance, "good": good})
-                    if not good:
-                        table.failed.append(f"{backbone}, {check.name}: {what} differs by {difference:.2e}")
+            if backbone in check.backbones:
+                table.attempt(f"{backbone}, {check.name}", deadline, partial(compare, backbone, check))
 
 
 # Steps: who takes how long for one, and with how much memory -------------------------------------------------------------
@@ -322,33 +324,37 @@ def run_steps(table: Table, options: argparse.Namespace, deadline: float) -> Non
     step.SHARED[FILLED] = 38  # as of SST-2's rows with Qwen2.5's tokenizer and template
     for size in ("tiny",) if options.tiny else ("Qwen2.5-7B", "Llama-3.1-8B"):
         for contender in CONTENDERS:
-            with table.attempt(f"{size}, {contender}", deadline), tempfile.TemporaryDirectory() as folder:
-                measure(table, Path(folder), size, contender, options)
+            table.attempt(f"{size}, {contender}", deadline, partial(measure, table, size, contender, options))
             release(options.device)
-        with table.attempt(f"{size}, filling", deadline):
-            rows = step.measure_filling(
-                size, FILLED, 1 if options.tiny else 2, options.device, 8 if options.tiny else 64
-            )
-            for row in rows:
-                add_times(table, size, row["work"], row["variant"], [row["value"]], 0.0, 0.0)
+        table.attempt(f"{size}, filling", deadline, partial(measure_filling, table, size, options))
         release(options.device)
 
 
-def measure(table: Table, folder: Path, size: str, contender: str, options: argparse.Namespace) -> None:
+def measure_filling(table: Table, size: str, options: argparse.Namespace) -> None:
+    """Filling an empty cache with what rows share computed once, and row by row, beside an epoch of warm steps."""
+    from benchmarks import step
+
+    rounds, rows = (1, 8) if options.tiny else (2, 64)
+    for found in step.measure_filling(size, FILLED, rounds, options.device, rows):
+        add_times(table, size, found["work"], found["variant"], [found["value"]], 0.0, 0.0)
+
+
+def measure(table: Table, size: str, contender: str, options: argparse.Namespace) -> None:
     """Times of some steps of each work, after two that warm up, and the peak of memory beyond the weights."""
     from benchmarks import step
 
     times = 2 if options.tiny else 10
-    before = resident(options.device)
-    run = contender_step(folder, size, contender, options.device)
-    release(options.device)
-    weights = resident(options.device) - before
-    for work, rows in STEPS.items():
-        for _ in range(2):
-            run(rows)
-        reset_peak(options.device)
-        taken = [step.seconds(lambda rows=rows: run(rows), options.device) for _ in range(times)]
-        add_times(table, size, work, contender, taken, weights, peak(options.device) - before - weights)
+    with tempfile.TemporaryDirectory() as folder:
+        before = resident(options.device)
+        run = contender_step(Path(folder), size, contender, options.device)
+        release(options.device)
+        weights = resident(options.device) - before
+        for work, rows in STEPS.items():
+            for _ in range(2):
+                run(rows)
+            reset_peak(options.device)
+            taken = [step.seconds(partial(run, rows), options.device) for _ in range(times)]
+            add_times(table, size, work, contender, taken, weights, peak(options.device) - before - weights)
 
 
 def add_times(
