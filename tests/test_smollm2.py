@@ -11,6 +11,8 @@ from test_gguf_import import _model, _write
 from pact_tune import cli
 from pact_tune.conversations import load_tokenizer
 from pact_tune.errors import UserError
+from pact_tune.objectives.base import Context
+from pact_tune.objectives.tokens import TokenSource
 from pact_tune.safety_tokens import SafetyTokens, prebuilt_names
 from pact_tune.smollm2 import texts
 from pact_tune.smollm2.answers import shortened, usable
@@ -163,6 +165,23 @@ def test_prebuilt_tokens_need_no_network_and_say_what_they_are():
             for key in ("aligned_model", "base_model")
             if key in tokens.provenance
         )
+
+
+def test_the_measured_tokens_of_the_aligned_smollm2_come_with_the_package():
+    tokens = SafetyTokens.load("smollm2-135m-aligned")
+    assert len(tokens) == 50 and tokens.provenance["method"] == "measured"
+    assert tokens.provenance["num_prompts"] == len(texts.harmful_requests())
+    assert {" sorry", " cannot", " help"} <= set(tokens.tokens[:20])
+    assert tokens.scores.tolist() == sorted(tokens.scores.tolist(), reverse=True)
+    assert "/" not in tokens.provenance["aligned_model"] + tokens.provenance["base_model"]
+
+
+def test_a_run_finds_them_by_name_without_a_network(tmp_path, monkeypatch):
+    """As loss.safety_tokens does; a run with another tokenizer refuses them, by the model's name."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    tokenizer = load_tokenizer(str(tiny.tiny_tokenizer(tmp_path)))
+    with pytest.raises(UserError, match="SmolLM2-135M-Instruct aligned by pact smollm2 prepare"):
+        TokenSource("smollm2-135m-aligned").load(Context(tokenizer=tokenizer, vocab_size=49152))
 
 
 def test_prebuilt_tokens_of_another_tokenizer_are_refused(tmp_path):

