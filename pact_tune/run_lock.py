@@ -30,13 +30,13 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     On several processes rank 0 holds it for all.
 
     Args:
-        folder (str | os.PathLike): made where it does not exist, and removed if nothing is written there.
+        folder (str | os.PathLike): made where it does not exist, with those above it, and removed if nothing is written there.
 
     Raises:
         UserError: another process holds it; names its pid and host.
     """
     folder = Path(folder)
-    new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _locked(folder / LOCK_FILE)
@@ -50,9 +50,9 @@ def run_lock(folder: str | os.PathLike) -> Iterator[None]:
     finally:
         (folder / LOCK_FILE).unlink(missing_ok=True)  # while it is held, so that nobody holds a file without a name
         os.close(handle)
-        if new:
-            with contextlib.suppress(OSError):  # it holds something
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # one holds something, and so do those above it
+            for path in new:
+                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import copy
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ MEANINGFUL: dict[str, tuple[str, ...]] = {
     "zero": ZERO,
     "bool": FLAGS,
     "text": WORDS,
-    "number": ("lr", "weight_decay", "lambda_kl", "clip_grad_norm", "lora_alpha", "max_gb", "rope_base"),
+    "number": ("weight_decay", "lambda_kl", "clip_grad_norm", "lora_alpha", "max_gb", "rope_base"),
 }
 
 
@@ -230,7 +231,8 @@ def judge_run(case: Input, folder: Path) -> Outcome:
 
     path, place = folder / "config.yaml", folder / "place"
     path.write_text(case.content)
-    place.mkdir(exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
     done = run(train(path, *case.overrides), folder / "said.txt", lambda: os.chdir(place))
     good = done.verdict == "refused" and not list(place.iterdir())
     return Outcome("right" if good else "silent" if done.verdict == "taken" else "traceback", done.message or done.said)
