@@ -303,6 +303,9 @@ def test_a_second_run_is_told_who_holds_the_folder_until_it_dies(tmp_path):
     with run_lock(tmp_path / "out"), pytest.raises(UserError, match=f"pid {os.getpid()} "), run_lock(tmp_path / "out"):
         pass
     assert os.listdir(tmp_path / "out") == []
+    with run_lock(tmp_path / "a" / "b" / "out"):
+        (tmp_path / "a" / "notes.txt").touch()
+    assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == ["notes.txt"]  # made by the lock, and removed
 
 
 def test_results_of_another_run_are_refused_or_overwritten(tmp_path):
