@@ -8,6 +8,7 @@ Two parts, each of which writes its CSV into the folder as it goes, so that a ru
     checks.csv    losses, cache, exports and the rest of what a run leaves, on the device against the CPU
     steps.csv     a step at true size, of everyone who makes it: time, weights, peak memory; and the filling of the cache
 
+`--story FILE` runs an experiment (docs/experiments.md) in the time that is left, and keeps what it has where the file says.
 What cannot be run fails, by name, and the rest goes on; the exit code is then 1. docs/performance.md says how to carry it to
 a machine without a network.
 """
@@ -21,6 +22,7 @@ import importlib.metadata
 import itertools
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -187,7 +189,7 @@ def write_inputs(folder: Path, rows: int) -> list[str]:
     ]
 
 
-def short_run(folder: Path, device: str, steps: int, overrides: Sequence[str]) -> Outcome:
+def short_run(folder: Path, device: str, steps: int, overrides: Sequence[str], reads_exports: bool) -> Outcome:
     """A few steps of the recipe, and what they leave."""
     import pact_lora_finetune
     import torch
@@ -219,7 +221,9 @@ def short_run(folder: Path, device: str, steps: int, overrides: Sequence[str]) -
     read = recipe.decoder.read_reference
     alone = torch.cat([read([recipe.rows[row]], recipe.objective.reading) for row in numbers])
     reference = recipe.reference.read(numbers)["full"]
-    exports = read_exports(folder / "epoch_0", cfg.checkpoint_dir, tokens, quantized=set(NF4) <= set(overrides))
+    exports: dict[str, Any] = {}
+    if reads_exports:
+        exports = read_exports(folder / "epoch_0", cfg.checkpoint_dir, tokens, quantized=set(NF4) <= set(overrides))
     return Outcome(torch.tensor(losses), probabilities(live), exports, probabilities(reference), probabilities(alone))
 
 
@@ -268,8 +272,8 @@ def run_checks(table: Table, options: argparse.Namespace, deadline: float) -> No
         def compare(backbone: str, check: Check) -> None:
             there, here = ((*BACKBONES[backbone], *overrides) for overrides in (check.there, check.here))
             if there not in known:
-                known[there] = short_run(folder / f"there {len(known)}", "cpu", steps, [*inputs, *there])
-            found = short_run(folder / f"{backbone} {check.name}", options.device, steps, [*inputs, *here])
+                known[there] = short_run(folder / f"there {len(known)}", "cpu", steps, [*inputs, *there], False)
+            found = short_run(folder / f"{backbone} {check.name}", options.device, steps, [*inputs, *here], True)
             for what, difference in differences(found, known[there]).items():
                 row = {"backbone": backbone, "check": check.name, "what": what, "difference": f"{difference:.2e}"}
                 good = difference <= check.tolerance
@@ -460,6 +464,29 @@ def peak(device: str) -> float:
     return step._peak(device) / 1e3
 
 
+# The story ---------------------------------------------------------------------------------------------------------------
+
+
+def run_story(file: str, deadline: float) -> list[str]:
+    """`pact experiment FILE` in the time that is left; what it has done by then is passed over by the next.
+
+    Args:
+        file (str): a path, or a name that `pact ls` lists.
+        deadline (float): when it is ended.
+
+    Returns:
+        list[str]: what failed.
+    """
+    command = [sys.executable, "-m", "pact_tune.cli", "experiment", file]
+    try:
+        subprocess.run(command, check=True, timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.CalledProcessError as error:
+        return [f"story: `pact experiment {file}` ended with {error.returncode}"]
+    except subprocess.TimeoutExpired:
+        return [f"story: `pact experiment {file}` was not done when the time was up"]
+    return []
+
+
 # The whole ---------------------------------------------------------------------------------------------------------------
 
 
@@ -476,7 +503,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu"), metavar="DIR", help="for the CSV files")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--story", metavar="FILE", help="an experiment to run last")
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing is begun after so many")
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes
@@ -496,6 +524,9 @@ def main(argv: list[str] | None = None) -> int:
             table = Table(options.output / f"{part}.csv")
             run(table, options, deadline)
             failed += [f"{part}: {line}" for line in table.failed]
+    if options.story:
+        print(f"== story: {options.story}", flush=True)
+        failed += run_story(options.story, deadline)
     print("\n".join(["", f"{len(failed)} failed" if failed else "Everything ran, and every check was good.", *failed]))
     return 1 if failed else 0
 

@@ -76,6 +76,16 @@ def test_what_is_missing_is_said_first(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_experiment_that_fails_or_is_cut_is_a_failure(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    base = [*TINY, "--output", str(tmp_path), "--parts", "--story"]
+    assert gpu.main([*base, "no-such-story"]) == 1
+    out, err = capfd.readouterr()
+    assert "story: `pact experiment no-such-story` ended with 1" in out and "no-such-story" in err
+    assert gpu.main([*base, "demo/overview", "--minutes", "0"]) == 1
+    assert "`pact experiment demo/overview` was not done when the time was up" in capfd.readouterr().out
+
+
 def test_nothing_is_begun_when_the_time_is_up(tmp_path, capsys):
     assert gpu.main([*TINY, "--output", str(tmp_path), "--minutes", "0", "--parts", "steps"]) == 1
     assert f"{len(gpu.CONTENDERS) + 1} failed" in (out := capsys.readouterr().out) and "no time was left" in out
