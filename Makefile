@@ -2,10 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-axolotl quick lint bench campaign clean
+.PHONY: demo smollm2 test test-axolotl quick lint bench campaign clean
 
 demo: .venv/installed
 	$(BIN)/pact demo
+
+# QUICK=1: fewer rows, one seed; DATA=DIR: published sets (docs/smollm2.md). Killed? The same command goes on.
+smollm2: .venv/installed
+	$(BIN)/pact experiment smollm2$(if $(DATA),_data)$(if $(QUICK),_quick) --jobs 2
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
