@@ -139,6 +139,7 @@ def test_shipped_experiments(name):
             "'demo/pact' is no config of `pact ls`, and no file either; did you mean 'demo/pact_lora'?",
         ),
         ({"base": "nothing.yaml"}, "'nothing.yaml' is no experiment of `pact ls`, and no file either"),
+        ({"base": "tiny.yaml"}, "lies over itself"),
         ({"output_dir": "${nowhere}"}, "cannot be read"),
     ],
 )
@@ -162,6 +163,9 @@ def test_a_base_and_what_is_taken_away(tmp_path):
     assert [case.place for case in experiment.cases] == ["poison-0", "poison-0.1"]
     last = run.grid_runs(experiment, {})[-1]
     assert {"loss.k=6", "dataset.mix.fraction=0.1", "seed=0"} < set(last.train)
+    (tmp_path / "third.yaml").write_text("base: other.yaml\npoison: null\nmethods: {PACT: {sweep: null}}\n")
+    (only,) = run.grid_runs(plan.read(str(tmp_path / "third.yaml")), {})
+    assert only.name == "runs/PACT/seed_0"
 
 
 @pytest.mark.quick

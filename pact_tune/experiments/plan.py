@@ -341,11 +341,8 @@ def read(name: str) -> Experiment:
     """
     register_resolvers()
     file = find(name)
-    cfg = read_yaml(file)
-    if "base" in cfg:
-        cfg = merged(read_yaml(find(str(cfg.pop("base")), file.parent)), cfg)
     try:
-        values: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        values: Any = OmegaConf.to_container(_read_whole(file), resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"The experiment '{file}' cannot be read: {one_line(error)}.") from error
     for key in ("methods", "cases"):  # null takes away what the base names
@@ -364,6 +361,17 @@ def read(name: str) -> Experiment:
     for method in methods:
         experiment.tuning_runs(method)
     return experiment
+
+
+def _read_whole(file: Path, over: tuple[Path, ...] = ()) -> DictConfig:
+    """The keys of a file over those of the one that its key ``base`` names, which may have a base itself."""
+    cfg = read_yaml(file)
+    if "base" not in cfg:
+        return cfg
+    base = find(str(cfg.pop("base")), file.parent)
+    if base in (file, *over):
+        raise UserError(f"The experiment '{base}' lies over itself: correct the key 'base' in '{file}'.")
+    return merged(_read_whole(base, (file, *over)), cfg)
 
 
 def find(name: str, beside: Path = Path()) -> Path:
