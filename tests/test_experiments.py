@@ -17,6 +17,7 @@ from pact_tune import cli
 from pact_tune.errors import UserError
 from pact_tune.experiments import miss, plan, run
 from pact_tune.experiments.run import Numbers
+from pact_tune.tools.evaluate import _named
 from pact_tune.torchtune.config import experiment_names
 
 TINY = {
@@ -93,6 +94,22 @@ def test_killed_and_resumed(tmp_path, monkeypatch, capfd):
     # Another setting under the same name is no run that could be passed over.
     assert cli.main(["experiment", str(write(tmp_path, overrides=["dataset.n=40", "epochs=2"]))]) == 1
     assert "holds a run of other settings (then epochs=1 batch_size=4, now epochs=2)" in capfd.readouterr().err
+    # Nor is one whose config says something else by now; and the aligned model answers what is asked by now.
+    own = tmp_path / "own.yaml"
+    own.write_text("base: demo/pact_lora\n")
+    with_own = plan.read(str(write(tmp_path, config=str(own), output_dir="other")))
+    (mine,) = with_own.runs_of(with_own.cases[0], with_own.methods[1], {})
+    run.note(mine)
+    assert run.state_of(mine) == "begun"
+    own.write_text("base: demo/pact_lora\nmax_steps_per_epoch: 3\n")
+    plan._checked.cache_clear(), plan._composed.cache_clear()
+    changed = plan.read(str(tmp_path / "tiny.yaml"))
+    (mine,) = changed.runs_of(changed.cases[0], changed.methods[1], {})
+    with pytest.raises(UserError, match="a config or method that it was made from has changed"):
+        run.state_of(mine)
+    assert experiment.initial_stage(experiment.cases[0]).done
+    more = plan.read(str(write(tmp_path, evaluate=TINY["evaluate"].replace("--limit 3", "--limit 2"))))
+    assert not more.initial_stage(more.cases[0]).done
 
 
 def _busy(folder: Path) -> bool:
@@ -106,6 +123,34 @@ def test_shipped_experiments(name):
     assert runs and len({one.name for one in runs}) == len(runs)
     budgets = {len(experiment.tuning_runs(method)) for method in experiment.methods if method.swept is None}
     assert len(budgets) == 1  # every method is tuned with the same effort
+    for method in experiment.methods:
+        assert _named([f"{method.folder}=x"]) == {method.folder: "x"}
+
+
+def test_experiments_that_share_a_folder_share_runs():
+    """Runs of one name in one folder are one run, whichever file asks for it."""
+    found: dict[Path, tuple] = {}
+    for name in experiment_names():
+        experiment = plan.read(name)
+        tuned = {method.name for method in experiment.methods if method.tune}
+        for case, method in experiment.grid():
+            for one in experiment.runs_of(case, method, {}):
+                words = (one.settings, method.tuned_as in tuned)
+                assert found.setdefault(one.folder, words) == words, (name, one.folder)
+
+
+def test_gpus_of_a_slot():
+    assert [run._share(["4", "5"], slot, 1) for slot in range(3)] == ["4", "5", "4"]
+    assert [run._share(list("0123"), slot, 2) for slot in range(3)] == ["0,1", "2,3", "0,1"]
+    assert run._share([], 0, 1) is None
+
+
+def test_the_documented_example(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text()
+    file = tmp_path / "mine.yaml"
+    file.write_text(text.split("```yaml\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    plan.read(str(file))
 
 
 @pytest.mark.quick
@@ -129,6 +174,8 @@ def test_shipped_experiments(name):
         ({"tuning": ...}, "methods.SFT.tune needs a section 'tuning'"),
         ({"tuning": {"seed": 0}}, "tuning.seed is 0, which is one of 'seeds'"),
         ({"tuning": {"seed": 9, "case": "x"}}, "Unknown key 'x' in tuning.case"),
+        ({"seeds": [0, 0]}, "'seeds' names one twice"),
+        ({"tuning": {"seed": 9, "poison": 0.3}}, "tuning.poison is 0.3, which is none of 'poison' ([0.1])"),
         ({"poison": [1.5]}, "poison is [1.5]; it must be a list, each item a number from 0 to 1"),
         ({"overrides": ["dataset.m=3"]}, "In 'FILE', runs/poison-0.1/SFT/seed_0: Unknown key 'm' in section 'dataset'"),
         ({"overrides": ["dataset.n=0"]}, "dataset.n is 0; it must be"),

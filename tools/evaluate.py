@@ -220,7 +220,7 @@ def _named(models: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in models:
         name, equals, source = text.partition("=")
-        if not equals or not re.fullmatch(r"\w[\w.+-]*", name):
+        if not equals or not re.fullmatch(r"[\w+][\w.+-]*", name):
             source = text
             name = re.sub(r"[^\w.+-]+", "-", text.rstrip("/")).strip("-.+") or "model"
         if name in named or name == INITIAL:

@@ -39,18 +39,22 @@ def main(argv: list[str] | None = None) -> int:
         "done is passed over and what was begun is gone on with: to resume, give the same command again.",
     )
     parser.add_argument("file", metavar="FILE", help="a path, or a name that `pact ls` lists")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on this machine (default: 1)")
-    parser.add_argument("--dry-run", action="store_true", help="check the file and show what would be run")
-    parser.add_argument(
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time on this machine (default: 1)")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="check the file and show what would be run")
+    instead.add_argument(
         "--submit", metavar="CMD",
         help="hand each run to a queue instead: CMD is called once a run with one more argument, the run's command line "
         "(\"sbatch --gpus 1 --wrap\"). Stages, tuning and the grid are handed over one after the other: give the command "
         "again when a part is through, and at last for the table",
     )  # fmt: skip
-    parser.add_argument("--run", metavar="NAME", help="this run alone (\"stages\": the stages), as --submit hands it over")  # fmt: skip
+    instead.add_argument("--run", metavar="NAME", help="this run alone (\"stages\": the stages), as --submit hands it over")  # fmt: skip
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f"--jobs is {args.jobs}; it must be at least 1.")
+    jobs = 1 if args.jobs is None else args.jobs
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}; it must be at least 1.")
+    if args.jobs is not None and (args.dry_run or args.submit or args.run):
+        raise UserError("--jobs is for runs on this machine: leave it out with --dry-run, --submit and --run.")
     from pact_tune.experiments import plan
 
     experiment = plan.read(args.file)
@@ -59,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     with _interruptible():
         if args.run:
             return _one(experiment, args.run)
-        return _submit(experiment, args) if args.submit else _all(experiment, args.jobs)
+        return _submit(experiment, args) if args.submit else _all(experiment, jobs)
 
 
 def _all(experiment: "Experiment", jobs: int) -> int:
@@ -74,7 +78,9 @@ def _all(experiment: "Experiment", jobs: int) -> int:
             if found:
                 print(f"{title}: {len(found)} to do, in {experiment.output}", flush=True)
                 slots = 1 if found[0].stage else jobs  # a stage may need the one before
-                run.work(found, slots, title, experiment.device)
+                run.work(
+                    found, slots, title, experiment.device, 1 if found[0].stage else experiment.settings["processes"]
+                )
         chosen = run.choose(experiment)
         paths = results.write(experiment, chosen)
         for case in experiment.cases:
@@ -138,7 +144,7 @@ def _one(experiment: "Experiment", name: str) -> int:
     if not found:
         print(f"{name} is done.")
         return 0
-    run.work(found, 1, name, experiment.device)
+    run.work(found, 1, name, experiment.device, experiment.settings["processes"])
     return 0
 
 

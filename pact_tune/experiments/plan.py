@@ -1,6 +1,7 @@
 """What an experiment's file says, checked, and the runs that it stands for. Nothing is run here, and no weights are read."""
 
 import functools
+import hashlib
 import itertools
 import re
 import shlex
@@ -15,6 +16,7 @@ from pydantic import Field
 
 from pact_tune.config import Count, Fraction, Number, PathText, Seed, Text, check, defaults, refuse
 from pact_tune.errors import UserError, one_line, unknown_key, unknown_name
+from pact_tune.files import atomic_file
 from pact_tune.torchtune.config import (
     EXPERIMENT_ROOT,
     complete,
@@ -138,14 +140,28 @@ class ExperimentSettings:
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and what it leaves."""
+    """A command and what it leaves.
+
+    Attributes:
+        words (tuple[str, ...]): the command.
+        makes (tuple[Path, ...]): it is done when all of these are there ...
+        words_in (Path | None): ... and when this file says that the same command has made them; None: whoever did.
+    """
 
     words: tuple[str, ...]
     makes: tuple[Path, ...]
+    words_in: Path | None = None
 
     @property
     def done(self) -> bool:
-        return all(path.exists() for path in self.makes)
+        same = self.words_in is None or self.words_in.exists() and self.words_in.read_text() == shlex.join(self.words)
+        return same and all(path.exists() for path in self.makes)
+
+    def note(self) -> None:
+        """Writes beside what was made which command has made it."""
+        if self.words_in is not None:
+            with atomic_file(self.words_in) as file:
+                file.write_text(shlex.join(self.words))
 
 
 @dataclass(frozen=True)
@@ -197,6 +213,7 @@ class Run:
     Attributes:
         name (str): "runs/CASE/METHOD/seed_0", its folder below the experiment's.
         folder (Path): that folder.
+        settings (str): fingerprint of its whole config, but for seed and folder.
         train (tuple[str, ...]): words of a command, without what depends on an earlier try.
         evaluate (tuple[str, ...]): the same.
         result (Path): the last epoch's folder.
@@ -206,6 +223,7 @@ class Run:
 
     name: str
     folder: Path
+    settings: str
     train: tuple[str, ...]
     evaluate: tuple[str, ...]
     result: Path
@@ -284,7 +302,7 @@ class Experiment:
         """The evaluation of the aligned model, which every run of a case is compared with."""
         aligned = self._aligned(compose(case.config, (), case.overrides))
         words = ("pact", "evaluate", "--aligned", aligned, "--output", str(case.initial), *case.evaluate)
-        return Stage(words, (case.initial / INITIAL / "summary.json",))
+        return Stage(words, (case.initial / INITIAL / "summary.json",), case.initial / "command.txt")
 
     def _aligned(self, cfg: DictConfig) -> str:
         if cfg.get("checkpoint_dir") is None:
@@ -309,6 +327,7 @@ class Experiment:
         return Run(
             name=name,
             folder=folder,
+            settings=hashlib.blake2b(OmegaConf.to_yaml(cfg, resolve=True).encode(), digest_size=16).hexdigest(),
             train=("pact", "run", *launcher, RECIPE, "--config", case.config, *overlays, *overrides, *own),
             evaluate=(
                 *("pact", "evaluate", f"{method.folder}={model}", "--aligned", self._aligned(cfg)),
@@ -399,6 +418,8 @@ def _problems(values: dict[str, Any]) -> list[str]:
 
 def _contradictions(values: dict[str, Any]) -> list[str]:
     problems = []
+    if len(set(values["seeds"])) < len(values["seeds"]):
+        problems.append("'seeds' names one twice: give each once.")
     tuned = [name for name, item in values["methods"].items() if item.get("tune")]
     tuning = values.get("tuning")
     for name, item in values["methods"].items():
@@ -419,10 +440,9 @@ def _contradictions(values: dict[str, Any]) -> list[str]:
         case, cases = tuning.get("case"), values.get("cases") or {}
         if case is not None and case not in cases:
             problems.append(str(unknown_key(case, cases, "tuning.case")))
-        if tuning.get("poison") is not None and not values.get("poison"):
-            problems.append(
-                "tuning.poison chooses one of 'poison', which the experiment does not have: leave one of them out."
-            )
+        poison, shares = tuning.get("poison"), values.get("poison") or []
+        if poison is not None and poison not in shares:
+            problems.append(f"tuning.poison is {poison}, which is none of 'poison' ({shares}): take one of them.")
     return problems
 
 

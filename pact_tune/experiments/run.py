@@ -47,7 +47,7 @@ def state_of(run: Run) -> State:
     noted = _noted(run)
     if noted is None:
         return "to do"
-    if noted["train"] != list(run.train):
+    if (noted["train"], noted["settings"]) != (list(run.train), run.settings):
         raise UserError(
             f"'{run.folder}' holds a run of other settings ({_difference(noted['train'], run.train)}): delete the folder, or "
             "choose another output_dir."
@@ -71,6 +71,8 @@ def _noted(run: Run) -> dict[str, Any] | None:
 
 
 def _difference(one: Sequence[str], other: Sequence[str]) -> str:
+    if list(one) == list(other):
+        return "a config or method that it was made from has changed"
     was, now = ([word for word in words if word not in others] for words, others in ((one, other), (other, one)))
     return f"then {shlex.join(was) or 'no more'}, now {shlex.join(now) or 'no more'}"
 
@@ -78,7 +80,9 @@ def _difference(one: Sequence[str], other: Sequence[str]) -> str:
 def note(run: Run, **more: Any) -> None:
     """Writes beside a run what it is, and what of it is done."""
     with atomic_file(run.folder / RUN_FILE) as file:
-        file.write_text(json.dumps({"train": run.train, **more}, indent=1) + "\n", encoding="utf-8")
+        file.write_text(
+            json.dumps({"train": run.train, "settings": run.settings, **more}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 def training_words(run: Run) -> Words:
@@ -111,17 +115,19 @@ class Job:
         if self.stage is not None:
             return None if self.stage.done else self.stage.words
         assert self.run is not None
-        if not trained(self.run):
+        if _noted(self.run) is None or not trained(self.run):  # what lies there without a note is not ours
             return training_words(self.run)
         return None if state_of(self.run) == "done" else self.run.evaluate
 
     def finished(self, words: Words) -> None:
         """Notes a command that ended well."""
-        if self.run is not None and words == self.run.evaluate:
+        if self.stage is not None:
+            self.stage.note()
+        elif self.run is not None and words == self.run.evaluate:
             note(self.run, evaluated=self.run.evaluate)
 
 
-def work(jobs: Sequence[Job], slots: int, title: str, device: str) -> None:
+def work(jobs: Sequence[Job], slots: int, title: str, device: str, processes: int = 1) -> None:
     """Carries jobs out, several at a time; one that fails does not stop the others.
 
     Args:
@@ -129,11 +135,15 @@ def work(jobs: Sequence[Job], slots: int, title: str, device: str) -> None:
         slots (int): how many at a time.
         title (str): of the progress bar.
         device (str): of the commands.
+        processes (int): of each command; on GPUs each has one of its own.
 
     Raises:
-        UserError: some failed; says which, and where their output is.
+        UserError: there are not enough GPUs; or some failed: says which, and where their output is.
     """
-    context = _context(device)
+    context, devices = _context(device), _devices(device)
+    if devices and processes > len(devices):
+        raise UserError(f"'processes' is {processes}, and there are {len(devices)} GPUs: lower it.")
+    slots = min(slots, len(devices) // processes) if devices and processes > 1 else slots
     waiting, running, failed = deque(jobs), dict[int, tuple[Any, Job, Words, int]](), list[Job]()
     free = list(range(slots))
     with progress(total=len(jobs), desc=title, unit="run") as bar:
@@ -141,7 +151,7 @@ def work(jobs: Sequence[Job], slots: int, title: str, device: str) -> None:
             while waiting or running:
                 while waiting and free:
                     job, slot = waiting.popleft(), free.pop(0)
-                    running |= _started(context, job, slot, device)
+                    running |= _started(context, job, slot, _share(devices, slot, processes))
                 bar.set_postfix_str(", ".join(job.name for _, job, _, _ in running.values()))
                 for sentinel in wait(list(running)):
                     assert isinstance(sentinel, int)
@@ -150,7 +160,7 @@ def work(jobs: Sequence[Job], slots: int, title: str, device: str) -> None:
                     if process.exitcode == 0:
                         job.finished(words)
                     if job.next() not in (None, words):
-                        running |= _started(context, job, slot, device)
+                        running |= _started(context, job, slot, _share(devices, slot, processes))
                         continue
                     free.append(slot)
                     bar.update(1)
@@ -160,7 +170,7 @@ def work(jobs: Sequence[Job], slots: int, title: str, device: str) -> None:
                             waiting.clear()
         except KeyboardInterrupt:
             for process, *_ in running.values():
-                process.terminate()
+                _terminate(process)
             for process, *_ in running.values():
                 process.join()
             raise
@@ -177,36 +187,51 @@ def _context(device: str) -> Any:
     return context
 
 
-def _started(context: Any, job: Job, slot: int, device: str) -> dict[int, tuple[Any, Job, Words, int]]:
+def _terminate(process: Any) -> None:
+    """Ends a command and what it has started; one that has not yet a session of its own has started nothing."""
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+    except ProcessLookupError:
+        process.terminate()
+
+
+def _started(context: Any, job: Job, slot: int, gpus: str | None) -> dict[int, tuple[Any, Job, Words, int]]:
     """Starts a job's next command."""
     words = job.next()
     assert words is not None
     if job.run is not None and words != job.run.evaluate:
         note(job.run)
-    process = context.Process(target=_child, args=(words, str(job.log), _visible(slot, device)))
+    process = context.Process(target=_child, args=(words, str(job.log), gpus))
     process.start()
     return {process.sentinel: (process, job, words, slot)}
 
 
-def _visible(slot: int, device: str) -> str | None:
-    """The GPU of a slot: those that this process may use take turns."""
+def _devices(device: str) -> list[str]:
+    """The GPUs that this process may use; none where commands run elsewhere."""
     if device != "cuda":
-        return None
+        return []
     import torch
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    return devices[slot % len(devices)] if devices else None
+    return visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _child(words: Words, log: str, gpu: str | None) -> None:
+def _share(devices: Sequence[str], slot: int, processes: int) -> str | None:
+    """The GPUs of a slot, as many as a command has processes: slots take turns."""
+    if not devices:
+        return None
+    first = slot * processes % len(devices)
+    return ",".join([*devices, *devices][first : first + processes])
+
+
+def _child(words: Words, log: str, gpus: str | None) -> None:
     """Runs one command in this process, which was made for it; ends when the experiment's own process is gone."""
     os.setsid()  # Ctrl-C is for the experiment, which ends its runs
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if gpus is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
@@ -217,7 +242,7 @@ def _child(words: Words, log: str, gpu: str | None) -> None:
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
     """Waits for the end of the experiment's process, and then ends this one as Ctrl-C does: a training saves its state."""
     parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.killpg(0, signal.SIGTERM)
 
 
 def execute(words: Words) -> int | str | None:
