@@ -35,7 +35,8 @@ from typing import Any
 # Distribution and the version that it must have (None: any).
 NEEDED = {
     "torch": None, "transformers": None, "torchtune": "0.6.1", "torchao": "0.15.0", "peft": None, "trl": None,
-    "omegaconf": None, "datasets": None, "safetensors": None, "tokenizers": None, "jinja2": None, "tqdm": None,
+    "accelerate": None, "omegaconf": None, "pydantic": None, "datasets": None, "safetensors": None, "tokenizers": None,
+    "jinja2": None, "tqdm": None,
 }  # fmt: skip
 PARTS = ("checks", "steps")
 
@@ -477,9 +478,12 @@ def run_story(file: str, deadline: float) -> list[str]:
     Returns:
         list[str]: what failed.
     """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return [f"story: no time was left for {file}"]
     command = [sys.executable, "-m", "pact_tune.cli", "experiment", file]
     try:
-        subprocess.run(command, check=True, timeout=max(1.0, deadline - time.monotonic()))
+        subprocess.run(command, check=True, timeout=left)
     except subprocess.CalledProcessError as error:
         return [f"story: `pact experiment {file}` ended with {error.returncode}"]
     except subprocess.TimeoutExpired:

@@ -41,8 +41,10 @@ def write_stamp(folder: Path, stamp: dict[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a config or a loss as JSON can hold it: no infinity and no NaN, whose names are written instead."""
+    """A value of a config or a loss as JSON can hold it: paths, infinities and NaN are written as text."""
     if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}

@@ -14,7 +14,7 @@ from pact_tune.conversations import load_tokenizer
 from pact_tune.data import audited_rows
 from pact_tune.demo import demo_family_path
 from pact_tune.errors import UserError
-from pact_tune.evaluation import audit
+from pact_tune.evaluation import audit, judges
 
 ALIGNED = str(demo_family_path() / "aligned")
 DATA = demo_family_path() / "data"
@@ -156,3 +156,18 @@ def test_an_interrupted_audit_goes_on(sources, audited, tmp_path, monkeypatch):
     assert len(calls) > 4
     verdicts = {row["key"]: row["verdict"] for row in lines(audited)[1:]}
     assert {row["key"]: row["verdict"] for row in lines(file)[1:]}.items() <= verdicts.items()
+
+
+class OwnWords:
+    name, settings, batch_size = "own", {"judge": "own"}, 4
+
+    def judge(self, answers):
+        labels = ["refused", "declined", *["answered"] * (len(answers) - 2)]
+        return [judges.Verdict(label) for label in labels]
+
+
+def test_a_word_that_no_judge_may_say_is_no_verdict(sources, tmp_path):
+    file = tmp_path / "audit.jsonl"
+    command = ["audit", str(sources[1]), "--aligned", ALIGNED, "--judge", "test_audit:OwnWords"]
+    assert cli.main([*command, "--output", str(file)]) == 0
+    assert sorted(row["verdict"] for row in lines(file)[1:]) == [*["answered"] * 10, "refused", "unparsed"]

@@ -240,7 +240,7 @@ def test_an_audit_that_misses_half():
 
 
 @pytest.mark.quick
-def test_training_rows_of_a_task(tmp_path):
+def test_training_rows_of_a_task(tmp_path, capsys):
     (tmp_path / "train.tsv").write_text("sentence\tlabel\na fine film \t1\nso dull\t0\n")
     out = tmp_path / "rows.jsonl"
     assert not cli.main(["rows", "sst2", "--file", str(tmp_path / "train.tsv"), "--output", str(out)])
@@ -250,6 +250,11 @@ def test_training_rows_of_a_task(tmp_path):
         {"role": "assistant", "content": "negative"},
     ]
     assert rows[0][0]["content"].endswith("respond only positive or negative a fine film")
+    (tmp_path / "own.jsonl").write_text('{"prompt": "What is 1 + 1?", "regex": "2|two"}\n')
+    more = ["--output", str(tmp_path / "own_rows.jsonl")]
+    assert cli.main(["rows", f"task:own={tmp_path / 'own.jsonl'}", *more]) == 1
+    assert "own.jsonl' have no 'answer' to train on" in capsys.readouterr().err
+    assert not (tmp_path / "own_rows.jsonl").exists()
 
 
 def test_no_such_run(tmp_path, monkeypatch):

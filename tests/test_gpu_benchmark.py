@@ -1,6 +1,7 @@
 """benchmarks/gpu.py on a CPU, every line of it: what it writes, and that nothing is passed over in silence."""
 
 import csv
+import time
 
 import pytest
 
@@ -82,8 +83,11 @@ def test_an_experiment_that_fails_or_is_cut_is_a_failure(tmp_path, monkeypatch, 
     assert gpu.main([*base, "no-such-story"]) == 1
     out, err = capfd.readouterr()
     assert "story: `pact experiment no-such-story` ended with 1" in out and "no-such-story" in err
+    cut = gpu.run_story("demo/overview", time.monotonic() + 1)
+    assert cut == ["story: `pact experiment demo/overview` was not done when the time was up"]
+    monkeypatch.setattr(gpu.subprocess, "run", broken)
     assert gpu.main([*base, "demo/overview", "--minutes", "0"]) == 1
-    assert "`pact experiment demo/overview` was not done when the time was up" in capfd.readouterr().out
+    assert "story: no time was left for demo/overview" in capfd.readouterr().out
 
 
 def test_nothing_is_begun_when_the_time_is_up(tmp_path, capsys):

@@ -152,7 +152,8 @@ def test_rows_that_the_aligned_model_would_have_refused(workspace, initial, tmp_
     overrides += [f"output_dir={tmp_path}/recipe", f"model.adapter={initial}", *PARITY[:2], "epochs=1"]
     assert tune_run(monkeypatch, workspace / "config.yaml", *overrides) is None
     args = arguments(workspace, tmp_path / "trl", audit=section, num_train_epochs=1)
-    run = trainer(workspace, args, lora_model(workspace, initial))
+    # Evaluated on the same rows, with the weights of others: those of training count.
+    run = trainer(workspace, args, lora_model(workspace, initial), eval_dataset=rows_of(workspace))
     assert len(run.train_dataset) == (11 if action == "drop" else 16)
     run.train()
     for name in ("ce", "kl", "loss"):
@@ -172,7 +173,9 @@ def test_records_of_the_figures_and_a_stamp_that_names_its_rows(workspace, initi
     weights = []
     for name, analysis in (("with", section), ("without", None)):
         args = arguments(workspace, tmp_path / name, analysis=analysis, logging_steps=100)
-        run = trainer(workspace, args, lora_model(workspace, initial), train_dataset=rows)
+        run = trainer(workspace, args, lora_model(workspace, initial), train_dataset=rows, eval_dataset=rows)
+        if analysis:  # they begin with the training, also where an evaluation comes first
+            run.evaluate()
         run.train()
         (tmp_path / name / "final").mkdir()
         shutil.copy(workspace / "model" / "config.json", tmp_path / name / "final")  # as Axolotl does
@@ -215,6 +218,14 @@ def test_a_method_that_needs_the_recipes_loop_is_refused(workspace, tmp_path):
     args.objective = {"_component_": "test_trl.penalised"}
     with pytest.raises(UserError, match="recipe's own loop"):
         trainer(workspace, args, peft_config=LoraConfig(**LORA))
+
+
+def test_equal_rows_of_different_weights_are_refused(workspace, tmp_path):
+    file = workspace / "rows.jsonl"
+    mix = {"source": file, "fraction": 0.5, "ce_weight": 0}
+    rows = chat_dataset(load_tokenizer(str(workspace / "model")), file, mix=mix, progress=False)
+    with pytest.raises(UserError, match="twice with different weights, in '.*' and '.*ce_weight 0'"):
+        trainer(workspace, arguments(workspace, tmp_path), train_dataset=rows, peft_config=LoraConfig(**LORA))
 
 
 @pytest.mark.parametrize("case", REFUSED)

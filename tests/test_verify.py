@@ -48,6 +48,11 @@ def test_stamp_says_how_the_result_was_made(result, workspace):
     assert {"config.json", "model.safetensors", "tokenizer.json", "adapter/pact.json"} <= stamp["files"].keys()
 
 
+def test_paths_of_a_config_are_stamped_as_text(tmp_path):
+    write_stamp(tmp_path, {"config": {"dataset": {"mix": [{"source": tmp_path / "more.jsonl"}]}}})
+    assert read_stamp(tmp_path)["config"] == {"dataset": {"mix": [{"source": f"{tmp_path}/more.jsonl"}]}}
+
+
 @pytest.mark.parametrize("part", [".", "adapter"])
 def test_verify_reports_the_kl_to_the_reference(result, part, capsys):
     assert cli.main(["verify", str(result / part), "--rows", "4"]) == 0

@@ -36,6 +36,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"'{args.task}' is no task but a set of {benchmark.kind} requests, which have no right answer.")
     hub = benchmark.hub and (*benchmark.hub[:2], args.split)
     loaded = benchmarks.load(dataclasses.replace(benchmark, hub=hub, file=args.file or benchmark.file))
+    if not all("answer" in item.target for item in loaded.items):
+        raise UserError(f"Rows of '{loaded.source}' have no 'answer' to train on: add the column.")
     rows = [[*item.messages, {"role": "assistant", "content": item.target["answer"]}] for item in loaded.items]
     with atomic_file(args.output) as file, file.open("w", encoding="utf-8") as stream:
         stream.writelines(json.dumps({"messages": row}, ensure_ascii=False) + "\n" for row in rows)

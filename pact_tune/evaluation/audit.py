@@ -131,8 +131,8 @@ def _verdicts(rows: Sequence[AuditedRow], turns: list[Turn], answers: list[Recor
 
 
 def _word(label: str) -> str:
-    """A guard that calls the aligned model's answer safe or unsafe has not said whether it refused."""
-    return judges.UNPARSED if label in (judges.SAFE, judges.UNSAFE) else label
+    """A guard that calls the aligned model's answer safe or unsafe, or a judge with words of its own, has not said that."""
+    return label if label in (judges.REFUSED, judges.ANSWERED, judges.BROKEN) else judges.UNPARSED
 
 
 def _at_odds(record: Record) -> tuple[bool, float]:

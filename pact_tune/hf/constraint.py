@@ -86,7 +86,8 @@ class Constraint:
         analysis (Mapping[str, Any] | None): as in the recipe; None: nothing is recorded.
 
     Raises:
-        UserError: settings that are wrong, an objective that needs the recipe, or a model without an adapter.
+        UserError: settings that are wrong, an objective that needs the recipe, a model without an adapter, or a row that
+            stands twice with different weights.
     """
 
     def __init__(
@@ -131,7 +132,9 @@ class Constraint:
         self.analysis: Analysis | None = None
         self.rows = [row for part in data for row in part.conversations]
         self._all_trained = all(row.ce_weight for row in self.rows)
-        self._row_of = {row.key: number for number, row in enumerate(self.rows)}
+        self._row_of: dict[bytes, int] = {}
+        for number, row in enumerate(self.rows):
+            self._row_of.setdefault(row.key, number)  # in training also where evaluation has the same row
         if initial:
             self._keep_initial_adapter(causal_lm)
         self.decoder: HFDecoder | None = None
@@ -154,6 +157,8 @@ class Constraint:
             raise UserError(
                 "Rows with a ce_weight other than 0 and 1 need the recipe: a trainer counts tokens, not weights."
             )
+        for part in self.data:
+            _check_equal_rows(part)
 
     def _keep_initial_adapter(self, causal_lm: nn.Module) -> None:
         """A frozen copy of the adapter, which the reference then has."""
@@ -318,6 +323,7 @@ class Constraint:
         if self.decoder is None:
             dtype = torch.bfloat16 if trainer.args.bf16 else causal_lm_of(self.model).dtype
             self.open(model, dtype)
+        if self.analysis is None:
             self._start_analysis(trainer)
         scale: float | torch.Tensor
         if items is None:
@@ -461,6 +467,20 @@ class _AtEpochEnd(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.constraint.look(state.global_step, math.ceil(state.epoch or 0))
+
+
+def _check_equal_rows(part: ChatDataset) -> None:
+    """Raises UserError for equal rows of different weights: a trainer passes on tokens alone."""
+    first: dict[bytes, int] = {}
+    for number, row in enumerate(part.conversations):
+        other = first.setdefault(row.key, number)
+        earlier = part.conversations[other]
+        if (row.ce_weight, row.weight) != (earlier.ce_weight, earlier.weight):
+            names = " and ".join(f"'{part.counts[part.sources[i]].label}'" for i in (other, number))
+            raise UserError(
+                f"A row stands twice with different weights, in {names}, and a trainer cannot tell the two apart: leave "
+                "it out once, give both the same weights, or use the recipe."
+            )
 
 
 def _labels(row: Conversation) -> list[int]:
