@@ -92,6 +92,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         # Not given, transformers would ask on standard input, and take a "y" that was meant for something else.
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged tokenizer.json raises whatever its parser stumbles over
+        if Path(path).is_absolute() and not Path(path).exists():
+            raise UserError(
+                f"There is no folder '{path}' on this machine: name the aligned model's (checkpoint_dir)."
+            ) from error
         if "trust_remote_code" in str(error):
             raise cannot_load("tokenizer", path, error) from error
         raise UserError(

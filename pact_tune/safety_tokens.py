@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pact_tune.conversations import encode, special_ids, tokenizer_fingerprint
 from pact_tune.errors import UserError, one_line, printable
+from pact_tune.families import MODELS
 from pact_tune.files import atomic_folder, check_replaceable, check_subfolder, recover
 from pact_tune.fingerprints import fingerprint
 from pact_tune.log import logger
@@ -257,6 +258,11 @@ class SafetyTokens:
             return _read(folder / (subfolder or ""))
         if str(source).lower() in prebuilt_names():
             return _read(PREBUILT / str(source).lower())
+        if "/" not in str(source) and str(source).lower() not in MODELS:
+            raise UserError(
+                f"'{source}' is neither a folder, nor NAMESPACE/NAME of the Hub, nor safety tokens that come with the package "
+                f"({', '.join(prebuilt_names())}), nor one of the known models: {', '.join(sorted(MODELS))}."
+            )
         from pact_tune import hub  # the Hub client takes a second to import; local folders do not need it
 
         return _read(hub.download(str(source), revision=revision, subfolder=subfolder))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 
 
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int | None:
         from pact_tune.evaluation import anchors
         from pact_tune.evaluation.answering import Local
     except ImportError as error:
-        raise UserError(f"Anchors need the package's evaluation ({error}): pip install 'pact-tune[eval]'.") from error
+        raise UserError(f"Anchors need the package's evaluation ({error}): {install('eval')}.") from error
     anchors.check_output(args.output)
     import transformers
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         from pact_tune.evaluation import audit, judges
         from pact_tune.evaluation.answering import Local
     except ImportError as error:
-        raise UserError(f"The audit needs scipy ({error}): pip install 'pact-tune[eval]'.") from error
+        raise UserError(f"The audit needs scipy ({error}): {install('eval')}.") from error
     audit.check_output(args.output)
     import transformers
 

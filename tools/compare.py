@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         from pact_tune.evaluation import report
     except ImportError as error:
-        raise UserError(f"The report needs scipy and jinja2 ({error}): pip install 'pact-tune[eval]'.") from error
+        raise UserError(f"The report needs scipy and jinja2 ({error}): {install('eval')}.") from error
 
     folders: dict[str, list[Path]] = {}
     for text in args.evaluations:

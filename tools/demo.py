@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pact_tune.demo import demo_family_path, write_demo_data
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
 
@@ -50,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from pact_tune.evaluation import report
     except ImportError as error:
-        raise UserError(
-            f"The demo's report needs scipy and jinja2 ({error}): pip install 'pact-tune[eval]'."
-        ) from error
+        raise UserError(f"The demo's report needs scipy and jinja2 ({error}): {install('eval')}.") from error
     output: Path = args.output
     base, aligned = demo_family_path() / "base", demo_family_path() / "aligned"
     data = output / "data"
@@ -118,6 +117,8 @@ def _run(command: str, *arguments: object) -> None:
     # On so small a model two threads gain nothing, and wait for each other on a busy machine.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(Path(sys.executable).parent / command), *map(str, arguments)], env=environment)
+    if done.returncode in (130, 143):
+        raise UserError("The demo was stopped; given again, it begins anew (it takes about two minutes).")
     if done.returncode:
         raise UserError(f"The demo stopped because `{command} {arguments[0]}` failed (see above).")
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 
 DEFAULT_BENCHMARKS = ["strongreject", "jailbreakbench", "harmbench", "xstest"]
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import scipy  # noqa: F401
     except ImportError as error:
-        raise UserError("Evaluation needs scipy and jinja2: pip install 'pact-tune[eval]'.") from error
+        raise UserError(f"Evaluation needs scipy and jinja2: {install('eval')}.") from error
 
     import transformers
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pact_tune import generation, hub
 from pact_tune.adapters import is_adapter
 from pact_tune.conversations import Message, load_tokenizer, one_line, render_prompt
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 from pact_tune.evaluation.endpoint import Endpoint
 from pact_tune.fingerprints import file_digest, model_fingerprint
@@ -88,7 +89,7 @@ def _with_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         import peft
     except ImportError as error:
-        raise UserError("Adapters need peft: pip install 'pact-tune[eval]'.") from error
+        raise UserError(f"Adapters need peft: {install('eval')}.") from error
     try:
         adapted: Any = peft.PeftModel.from_pretrained(model, str(folder))
         return adapted.get_base_model().eval()

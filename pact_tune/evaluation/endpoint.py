@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pact_tune.conversations import Message, one_line
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -55,7 +56,7 @@ class Endpoint:
         try:
             import openai
         except ImportError as error:
-            raise UserError("Endpoints need the openai package: pip install 'pact-tune[eval]'.") from error
+            raise UserError(f"Endpoints need the openai package: {install('eval')}.") from error
         # Local servers want no key, but the client does.
         key = os.environ.get(KEY_VARIABLE, "none")
         return openai.OpenAI(base_url=self.url, api_key=key, timeout=self.timeout, max_retries=self.retries)

@@ -395,7 +395,7 @@ def _read_whole(file: Path, over: tuple[Path, ...] = ()) -> DictConfig:
 
 def find(name: str, beside: Path = Path()) -> Path:
     """The file of an experiment: a path, also one seen from ``beside``, or the name of a shipped one."""
-    for path in (Path(name), beside / name, EXPERIMENT_ROOT / f"{name.removesuffix('.yaml')}.yaml"):
+    for path in (beside / name, Path(name), EXPERIMENT_ROOT / f"{name.removesuffix('.yaml')}.yaml"):
         if path.is_file():
             return path
     raise unknown_name("experiment of `pact ls`, and no file either", name, experiment_names())

@@ -29,6 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging as transformers_logging
 
 from pact_tune.conversations import one_line
+from pact_tune.environment import install
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_folder, check_replaceable
 from pact_tune.log import progress
@@ -156,7 +157,7 @@ def _read_header(file: Path) -> _Header:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise UserError("Reading GGUF needs the package gguf: pip install 'pact-tune[gguf]'.") from error
+        raise UserError(f"Reading GGUF needs the package gguf: {install('gguf')}.") from error
     if not file.is_file():
         raise UserError(f"'{file}' does not exist or is no file: give a .gguf file.")
     if file.open("rb").read(4) != b"GGUF":

@@ -27,7 +27,9 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     """
     device = utils.get_device(cfg.device)
     if device.type != torch.device(cfg.device).type:  # torchtune falls back to the CPU without a word
-        raise UserError(f"device: {cfg.device} is not available here: set device: {device.type}.")
+        raise UserError(
+            f"device: {cfg.device} is not available here: set device: {device.type} (device={device.type} on the command line)."
+        )
     try:
         dtype = training.get_dtype(cfg.dtype, device=device)
     except (RuntimeError, ValueError) as error:
