@@ -127,7 +127,7 @@ def test_a_second_run_does_not_mix_its_results_with_those_of_the_first(workspace
 @pytest.mark.parametrize(("processes", "signum"), [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(workspace, tmp_path, processes, signum):
     write_rows(tmp_path / "rows.jsonl", 60)
-    common = [f"dataset.source={tmp_path}/rows.jsonl", "epochs=20", "batch_size=2", "save_adapter_weights_only=True"]
+    common = [f"dataset.source={tmp_path}/rows.jsonl", "epochs=8", "batch_size=2", "save_adapter_weights_only=True"]
     started = subprocess.Popen(
         run_command(workspace, f"output_dir={tmp_path}/cut", *common, processes=processes, command="pact"),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -138,11 +138,11 @@ def test_a_signal_saves_the_state_and_the_run_goes_on_to_the_same_bits(workspace
     output, _ = started.communicate(timeout=300)
     assert started.returncode == 128 + signum, output
     assert "Traceback" not in output and "resume_from_checkpoint=True" in output.splitlines()[-1]
-    assert not (tmp_path / "cut" / "epoch_19").exists()
+    assert not (tmp_path / "cut" / "epoch_7").exists()
     for name, *more in (("cut", "resume_from_checkpoint=True"), ("whole",)):
         done = tune_run_processes(workspace, f"output_dir={tmp_path}/{name}", *common, *more, processes=processes)
         assert done.returncode == 0, done.stderr
-    assert_same_bits(adapter_of(tmp_path / "cut", 19), adapter_of(tmp_path / "whole", 19))
+    assert_same_bits(adapter_of(tmp_path / "cut", 7), adapter_of(tmp_path / "whole", 7))
 
 
 def test_validation_rows_are_not_trained_on_and_the_best_epoch_is_named(workspace, tmp_path, monkeypatch, capsys):
