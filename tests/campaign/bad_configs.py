@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pact_tune import log
 from pact_tune.errors import UserError
 from pact_tune.log import progress
 from pact_tune.tools.configs import check
@@ -266,16 +264,11 @@ def campaign(folder: Path, each: int = 1, runs: int = 0) -> "Tally":
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the campaign; exit code 1 when anything was not right."""
-    from tests.campaign.processes import OUTPUT
+    from tests.campaign.processes import carry_out
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=60, help="of the refused ones, how many go through `tune run` too")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
-    args = parser.parse_args(argv)
-    log.setup()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), runs=args.runs).report(args.output)
+    return carry_out(parser, argv, lambda folder, args: campaign(folder, runs=args.runs))
 
 
 if __name__ == "__main__":

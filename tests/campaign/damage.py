@@ -13,20 +13,17 @@ Counted are
 import argparse
 import gzip
 import json
-import os
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipe import write_workspace
 
-from pact_tune import log
 from pact_tune.log import progress
-from tests.campaign.processes import OUTPUT, Command, Done, Tally, run, train
+from tests.campaign.processes import Command, Done, Tally, carry_out, run, train
 
 Words = Callable[["House"], list[str]]
 
@@ -261,13 +258,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--each", type=int, default=15, help="damages a kind of file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=[], help="only these")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
-    args = parser.parse_args(argv)
-    log.setup()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    kinds = tuple(kind for kind in KINDS if not args.kinds or kind.name in args.kinds)
-    with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), args.each, args.seed, kinds).report(args.output)
+
+    def chosen(folder: Path, args: argparse.Namespace) -> Tally:
+        kinds = tuple(kind for kind in KINDS if not args.kinds or kind.name in args.kinds)
+        return campaign(folder, args.each, args.seed, kinds)
+
+    return carry_out(parser, argv, chosen)
 
 
 if __name__ == "__main__":

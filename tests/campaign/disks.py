@@ -9,23 +9,20 @@ again; or, with company, one of two that goes on undisturbed.
 
 import argparse
 import contextlib
-import os
 import random
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from recipe import write_workspace
 
-from pact_tune import log
 from pact_tune.log import progress
 from pact_tune.reference import cache
 from tests.campaign.kills import Filling
-from tests.campaign.processes import OUTPUT, Command, Done, Tally, run, train
+from tests.campaign.processes import Command, Done, Tally, carry_out, run, train
 
 SIZE = 4_000_000  # bytes of a small disk
 
@@ -231,12 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
-    args = parser.parse_args(argv)
-    log.setup()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), args.times, args.seed).report(args.output)
+    return carry_out(parser, argv, lambda folder, args: campaign(folder, args.times, args.seed))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import argparse
 import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,14 +20,13 @@ from huggingface_hub import constants
 from recipe import write_workspace
 from tiny import tiny_model
 
-from pact_tune import log
 from pact_tune.errors import UserError
 from pact_tune.files import leftovers
 from pact_tune.log import progress
 from pact_tune.reference import cache
 from pact_tune.safety_tokens import FILES, SafetyTokens
 from pact_tune.stamp import check_files, read_stamp
-from tests.campaign.processes import OUTPUT, Command, Done, Tally, run, train
+from tests.campaign.processes import Command, Done, Tally, carry_out, run, train
 
 REPO, MODEL = "tester/tokens", "model-a"
 
@@ -334,13 +332,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20, help="of each kind of work")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=[], help="only these; Merging needs Training before it")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
-    args = parser.parse_args(argv)
-    log.setup()
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    kinds = [kind for kind in KINDS if not args.kinds or kind.__name__ in args.kinds]
-    with tempfile.TemporaryDirectory() as name:
-        return campaign(Path(name), args.kills, args.seed, kinds).report(args.output)
+
+    def chosen(folder: Path, args: argparse.Namespace) -> Tally:
+        kinds = [kind for kind in KINDS if not args.kinds or kind.__name__ in args.kinds]
+        return campaign(folder, args.kills, args.seed, kinds)
+
+    return carry_out(parser, argv, chosen)
 
 
 if __name__ == "__main__":

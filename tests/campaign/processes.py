@@ -3,9 +3,11 @@
 The process that forks must not have trained anything itself (autograd's threads do not survive a fork).
 """
 
+import argparse
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -17,7 +19,7 @@ import pact_lora_finetune  # noqa: F401  (imported before forking)
 import torch
 from torchtune._cli import tune
 
-from pact_tune import cli
+from pact_tune import cli, log
 
 OUTPUT = Path("outputs/campaign")  # where tables are written, unless told
 HANGS = 300.0  # seconds after which a command is said to hang
@@ -139,6 +141,26 @@ def _call(argv: list[str]) -> int | str | None:
     sys.argv = argv
     tune.main()
     return 0
+
+
+def carry_out(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    campaign: Callable[[Path, argparse.Namespace], "Tally"],
+) -> int:
+    """One campaign by its command line, in a folder of its own; exit code 1 when anything was not right.
+
+    Args:
+        parser (argparse.ArgumentParser): of what the campaign asks for; where its table goes is added.
+        argv (Sequence[str] | None): arguments; default: those of the process.
+        campaign (Callable): given an empty folder and the arguments.
+    """
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the table")
+    args = parser.parse_args(argv)
+    log.setup()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        return campaign(Path(name), args).report(args.output)
 
 
 class Tally:
