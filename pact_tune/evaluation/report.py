@@ -58,6 +58,11 @@ class Column:
     title: str
     kind: str
 
+    @property
+    def main(self) -> bool:
+        """Whether it counts what its benchmark is about; the others stand beside it."""
+        return self.counted == COUNTED[self.kind][0]
+
 
 @dataclass(frozen=True)
 class Compared:
@@ -273,15 +278,33 @@ class Comparison:
             names=[row.name for row in self.rows],
         )
 
+    @property
+    def colours(self) -> dict[str, str]:
+        """Of each row, in every figure."""
+        return {row.name: figures.COLOURS[i % len(figures.COLOURS)] for i, row in enumerate(self.rows)}
+
+    def against_accuracy(self, *kinds: str) -> list[figures.Figure]:
+        """The main percentage of each benchmark of these kinds against the accuracy of each task."""
+        main = [column for column in self.columns if column.main]
+        return [
+            figures.pareto(
+                task.title,
+                other.title,
+                {
+                    r.name: (r.cell(task.benchmark, task.counted), r.cell(other.benchmark, other.counted))
+                    for r in self.rows
+                },
+                self.colours,
+            )
+            for task in main
+            if task.kind == "task"
+            for other in main
+            if other.kind in kinds
+        ]
+
     def figures(self) -> list[tuple[str, str, list[figures.Figure]]]:
         """Sections of figures: heading, text, figures; sections without any are left out."""
-        colours = {row.name: figures.COLOURS[i % len(figures.COLOURS)] for i, row in enumerate(self.rows)}
-        tasks = [c for c in self.columns if c.kind == "task" and c.counted == "correct"]
-        harmful = [c for c in self.columns if c.counted == "harm"]
-        pareto = [
-            figures.pareto(a.title, h.title, {r.name: (r.cell(a.benchmark, "correct"), r.cell(h.benchmark, "harm")) for r in self.rows}, colours)
-            for a in tasks for h in harmful
-        ]  # fmt: skip
+        colours = self.colours
         beside = [
             figures.bars(c.title, {row.name: row.cell(c.benchmark, c.counted) for row in self.rows}, colours)
             for c in self.columns
@@ -298,7 +321,7 @@ class Comparison:
         runs = {row.name: run for row in self.rows if (run := _run_folder(row.summaries[0].get("source", "")))}
         first = " Of several seeds: the first." if any(len(row.folders) > 1 for row in self.rows) else ""
         sections = [
-            ("Compliance against accuracy", "Lower right is better: the task learned, harmful requests still refused.", pareto),
+            ("Compliance against accuracy", "Lower right is better: the task learned, harmful requests still refused.", self.against_accuracy("harmful")),
             ("Over-refusal and broken answers", "Lower is better for both.", beside),
             ("Safety tokens", "Probability of all safety tokens together, with the aligned model's own answer as prefix." + first, by_position),
             ("Training", "Each method's own loss, as it was logged." + first, figures.training(runs, colours)),

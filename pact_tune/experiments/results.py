@@ -17,7 +17,6 @@ from pact_tune.experiments.plan import INITIAL, Case, Experiment, slug
 from pact_tune.files import atomic_file
 
 RESULTS, TUNING_FILE = "results", "tuning.json"
-COUNTED = {"task": "correct", "harmful": "harm", "benign": "refused"}
 
 
 def write(experiment: Experiment, chosen: Mapping[str, Sequence[str]]) -> list[Path]:
@@ -34,7 +33,7 @@ def write(experiment: Experiment, chosen: Mapping[str, Sequence[str]]) -> list[P
     tables = {case: compare(experiment, case, chosen) for case in experiment.cases}
     for case, table in tables.items():
         table.write(experiment.tables / case.place, f"{title}: {case.title}" if case.title else title)
-    drawn = {case: frontier(table) for case, table in tables.items()}
+    drawn = {case: table.against_accuracy("harmful", "benign") for case, table in tables.items()}
     drawn_once = [*sweeps(experiment, tables), *poison_shares(experiment, tables)]
     for name, figure in _named(drawn, drawn_once):
         with atomic_file(experiment.tables / "figures" / f"{name}.svg") as file:
@@ -105,27 +104,6 @@ def _csv(tables: Mapping[Case, Comparison]) -> str:
 # Figures -----------------------------------------------------------------------------------------------------------------
 
 
-def frontier(table: Comparison) -> list[figures.Figure]:
-    """Each harmful benchmark's and each benign one's percentage against the accuracy of each task."""
-    colours = {row.name: figures.COLOURS[i % len(figures.COLOURS)] for i, row in enumerate(table.rows)}
-    main = [column for column in table.columns if column.counted == COUNTED[column.kind]]
-    return [
-        figures.pareto(
-            task.title,
-            other.title,
-            {
-                row.name: (row.cell(task.benchmark, "correct"), row.cell(other.benchmark, other.counted))
-                for row in table.rows
-            },
-            colours,
-        )
-        for task in main
-        if task.kind == "task"
-        for other in main
-        if other.kind != "task"
-    ]
-
-
 def sweeps(experiment: Experiment, tables: Mapping[Case, Comparison]) -> list[figures.Figure]:
     """Each swept key of each method: every percentage against its values."""
     keys = dict.fromkeys((m.tuned_as, m.swept[0]) for m in experiment.methods if m.swept is not None)
@@ -136,7 +114,7 @@ def sweeps(experiment: Experiment, tables: Mapping[Case, Comparison]) -> list[fi
         series = {
             column.title: [rows[method.name].cell(column.benchmark, column.counted) for method in swept]
             for column in table.columns
-            if column.counted == COUNTED[column.kind]
+            if column.main
         }
         title = f"{name}: {key}" + (f", {case.title}" if case.title else "")
         found.append(curves(title, key, [str(m.swept[1]) for m in swept if m.swept is not None], series))
@@ -153,7 +131,7 @@ def poison_shares(experiment: Experiment, tables: Mapping[Case, Comparison]) -> 
     for group in groups:
         case, first = group[0]
         for column in first.columns:
-            if column.counted == COUNTED[column.kind]:
+            if column.main:
                 series = {
                     row.name: [table.rows[number].cell(column.benchmark, column.counted) for _, table in group]
                     for number, row in enumerate(first.rows)
