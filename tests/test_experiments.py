@@ -178,6 +178,12 @@ def test_the_documented_example(tmp_path, monkeypatch):
         ({"tuning": {"seed": 9, "poison": 0.3}}, "tuning.poison is 0.3, which is none of 'poison' ([0.1])"),
         ({"poison": [1.5]}, "poison is [1.5]; it must be a list, each item a number from 0 to 1"),
         ({"overrides": ["dataset.m=3"]}, "In 'FILE', runs/poison-0.1/SFT/seed_0: Unknown key 'm' in section 'dataset'"),
+        (
+            {"vars": {"n": 40}, "overrides": ["dataset.n=${vars.m}"]},
+            "In 'FILE', overrides[0] cannot be resolved (Interpolation key 'vars.m' not found): correct it, or define",
+        ),
+        ({"vars": {"n": 40}}, "vars.n is used nowhere: write ${vars.n} in another key, or remove it."),
+        ({"vars": [40]}, "vars is [40]; it must be a section of names and values"),
         ({"overrides": ["dataset.n=0"]}, "dataset.n is 0; it must be"),
         ({"stages": [{"run": "pact audit 'x", "makes": "y"}]}, "stages.run cannot be split into words"),
         ({"stages": [{"run": "pact audit"}]}, "lacks the key 'makes'"),
@@ -187,7 +193,7 @@ def test_the_documented_example(tmp_path, monkeypatch):
         ),
         ({"base": "nothing.yaml"}, "'nothing.yaml' is no experiment of `pact ls`, and no file either"),
         ({"base": "tiny.yaml"}, "lies over itself"),
-        ({"output_dir": "${nowhere}"}, "cannot be read"),
+        ({"output_dir": "${nowhere}"}, "output_dir cannot be resolved"),
     ],
 )
 def test_bad_files(tmp_path, monkeypatch, capsys, changes, says):
@@ -213,6 +219,13 @@ def test_a_base_and_what_is_taken_away(tmp_path):
     (tmp_path / "third.yaml").write_text("base: other.yaml\npoison: null\nmethods: {PACT: {sweep: null}}\n")
     (only,) = run.grid_runs(plan.read(str(tmp_path / "third.yaml")), {})
     assert only.name == "runs/PACT/seed_0"
+    # What the base writes with a name of its own takes the value that stands over it.
+    write(tmp_path, vars={"rows": 40, "more": ""}, overrides=["dataset.n=${vars.rows}"], stages=[
+        {"run": "pact env ${vars.more}", "makes": "env"}
+    ])  # fmt: skip
+    (tmp_path / "fourth.yaml").write_text("base: tiny.yaml\nvars: {rows: 20}\n")
+    fourth = plan.read(str(tmp_path / "fourth.yaml"))
+    assert "dataset.n=20" in run.grid_runs(fourth, {})[0].train and fourth.stages[0].words == ("pact", "env")
 
 
 @pytest.mark.quick

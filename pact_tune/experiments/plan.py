@@ -31,6 +31,7 @@ from pact_tune.torchtune.config import (
 RECIPE = "pact_lora_finetune"
 INITIAL = "Initial"  # the aligned model before any training
 Named = Annotated[dict[str, Any], Field(min_length=1, description="a section of named sections")]
+Vars = Annotated[dict[str, Any], Field(description="a section of names and values")]
 Grid = Annotated[dict[str, list[Any]], Field(description="a section of keys, each with a list of values")]
 
 
@@ -113,6 +114,7 @@ class ExperimentSettings:
         seeds (list[int]): each method is run with each; the table has means and standard deviations.
         evaluate (str): what ``pact evaluate`` is told, such as "--benchmarks sst2 strongreject".
         title (str): above the tables.
+        vars (dict[str, Any] | None): names of the file's own, for ``${vars.NAME}`` in other keys.
         overrides (list[str]): of every run: key=value or ~key.
         cases (dict[str, CaseSettings] | None): data sets or models.
         poison (list[float] | None): values of dataset.mix.fraction.
@@ -127,6 +129,7 @@ class ExperimentSettings:
     seeds: Annotated[list[Seed], Field(min_length=1)]
     evaluate: Text
     title: Text = "Experiment"
+    vars: Vars | None = None
     overrides: list[Text] | None = None
     cases: Named | None = None
     poison: Annotated[list[Fraction], Field(min_length=1)] | None = None
@@ -361,13 +364,17 @@ def read(name: str) -> Experiment:
     register_resolvers()
     file = find(name)
     try:
-        values: Any = OmegaConf.to_container(_read_whole(file), resolve=True, throw_on_missing=True)
+        whole = _read_whole(file)
+        values: Any = OmegaConf.to_container(whole, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"The experiment '{file}' cannot be read: {one_line(error)}.") from error
+        reason = str(error).splitlines()[0]  # what follows names omegaconf's types
+        raise UserError(
+            f"In '{file}', {error.full_key} cannot be resolved ({reason}): correct it, or define what it names."
+        ) from error
     for key in ("methods", "cases"):  # null takes away what the base names
         if isinstance(values.get(key), dict):
             values[key] = {name: item for name, item in values[key].items() if item is not None}
-    refuse(_problems(values))
+    refuse(_problems(values) or _unused(whole))
     values = defaults(ExperimentSettings) | values
     if values["tuning"] is not None:
         values["tuning"] = defaults(TuningSettings) | values["tuning"]
@@ -414,6 +421,17 @@ def _problems(values: dict[str, Any]) -> list[str]:
                 continue
             problems += check(section, item, f"{key}.{name}")
     return problems or _contradictions(values)
+
+
+def _unused(whole: DictConfig) -> list[str]:
+    """A name in ``vars`` that no key takes is a slip of one that some key does."""
+    text = OmegaConf.to_yaml(whole)
+    names = [str(name) for name in whole.get("vars") or ()]
+    return [
+        f"vars.{name} is used nowhere: write ${{vars.{name}}} in another key, or remove it."
+        for name in names
+        if not re.search(rf"\bvars\.{re.escape(name)}\b", text)
+    ]
 
 
 def _contradictions(values: dict[str, Any]) -> list[str]:
