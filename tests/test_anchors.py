@@ -34,7 +34,7 @@ def prompts(tmp_path_factory) -> Path:
 
 
 def anchors(prompts, output, *options) -> int:
-    return cli.main(["anchors", str(prompts), "--model", ALIGNED, "--output", str(output), *options])
+    return cli.main(["anchors", str(prompts), "--aligned", ALIGNED, "--output", str(output), *options])
 
 
 @pytest.fixture(scope="module")

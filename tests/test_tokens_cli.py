@@ -126,13 +126,13 @@ def test_show_plots_and_covers(here, tmp_path, capsys):
         assert any(str(token_id) in row and printable(text) in row for row in out.splitlines())
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
     assert cli.main(["tokens", "show", f"{here}/s", "--plot", f"{tmp_path}/s.xyz"]) == 1
-    assert cli.main(["tokens", "show", f"{here}/s", "--model", f"{here}/aligned"]) == 1
-    assert "both --model and --prompts" in capsys.readouterr().err
+    assert cli.main(["tokens", "show", f"{here}/s", "--aligned", f"{here}/aligned"]) == 1
+    assert "both --aligned and --prompts" in capsys.readouterr().err
 
 
 def test_coverage_is_the_first_tokens_mass(here, capsys, monkeypatch):
     monkeypatch.setattr("pact_tune.intervention.keyword_judge", lambda answer, ended: "refusal")
-    arguments = ["--model", f"{here}/aligned", "--prompts", f"{here}/p.jsonl", "--prompt-column", "goal"]
+    arguments = ["--aligned", f"{here}/aligned", "--prompts", f"{here}/p.jsonl", "--prompt-column", "goal"]
     assert cli.main(["tokens", "show", f"{here}/s", *arguments]) == 0
     shown = float(capsys.readouterr().out.split("S holds ")[1].split(" %")[0])
     from transformers import AutoModelForCausalLM
@@ -328,7 +328,7 @@ def test_a_models_own_code_runs_only_where_it_is_allowed(here, tmp_path, capsys,
     cli.main(template)  # transformers has a class of its own for such a tokenizer
     assert not ran.exists()
     aligned, base = ["--aligned", str(model)], ["--aligned", f"{here}/base", "--base", str(model)]
-    cover = ["tokens", "show", f"{here}/s", "--model", str(model), "--prompts", f"{here}/p.jsonl"]
+    cover = ["tokens", "show", f"{here}/s", "--aligned", str(model), "--prompts", f"{here}/p.jsonl"]
     cover += ["--prompt-column", "goal"]
     intervene = ["tokens", "intervene", "--model", str(model), "--tokens", *cover[2:3], *cover[5:]]
     refused = [lambda: compute(here, "own", *aligned), lambda: compute(here, "other", *base)]

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument(
         "prompts", nargs="+", metavar="PROMPTS", help="files, or names of data sets; .txt: a prompt a line"
     )
-    parser.add_argument("--model", required=True, help="folder or Hub name of the aligned model")
+    parser.add_argument("--aligned", required=True, metavar="MODEL", help="folder or Hub name of the aligned model")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl file to write")
     parser.add_argument("--column", default="prompt", help="column of the prompts (default: prompt)")
     parser.add_argument("--split", help="split of a Hub data set (default: train)")
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int | None:
     prompts = []
     for source in args.prompts:
         prompts += column(read_prompts(source, split=args.split, limit=args.limit), args.column, source)
-    aligned = Local(args.model, device=args.device, tokens_per_batch=args.tokens_per_batch)
+    aligned = Local(args.aligned, device=args.device, tokens_per_batch=args.tokens_per_batch)
     work = args.output.with_suffix(".work")
     options = {"max_new_tokens": args.max_new_tokens, "keep_unfinished": args.keep_unfinished}
     with run_lock(work):

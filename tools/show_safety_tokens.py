@@ -25,15 +25,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--revision")
     parser.add_argument("--diff", metavar="DIR", help="another vector to compare with")
     parser.add_argument("--plot", metavar="FILE", type=Path, help=f"bar plot ({', '.join(PLOT_KINDS)})")
-    parser.add_argument("--model", help="aligned model, for coverage; needs --prompts")
+    parser.add_argument("--aligned", metavar="MODEL", help="the aligned model, for coverage; needs --prompts")
     parser.add_argument("--prompts", metavar="FILE", help="harmful requests, for coverage")
     parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--judge", default="keywords", help="keywords, demo, or MODULE:FUNCTION")
     parser.add_argument("--device")
     parser.add_argument("--trust-remote-code", action="store_true", help=cli.TRUST_HELP)
     args = parser.parse_args(argv)
-    if bool(args.model) != bool(args.prompts):
-        raise UserError("Coverage needs both --model and --prompts.")
+    if bool(args.aligned) != bool(args.prompts):
+        raise UserError("Coverage needs both --aligned and --prompts.")
     if args.plot and args.plot.suffix not in PLOT_KINDS:
         raise UserError(f"--plot needs a file that ends in {', '.join(PLOT_KINDS)}, not '{args.plot}'.")
     tokens = SafetyTokens.load(args.source, revision=args.revision, subfolder=args.subfolder)
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         _print_table(tokens)
     if args.plot:
         _plot(tokens, args.plot)
-    if args.model:
+    if args.aligned:
         _print_coverage(tokens, args)
 
 
@@ -130,7 +130,7 @@ def _print_coverage(tokens: SafetyTokens, args: argparse.Namespace) -> None:
     from pact_tune.prompts import column, read_prompts
 
     prompts = column(read_prompts(args.prompts), args.prompt_column, args.prompts)
-    answerer = Answerer(args.model, device=args.device, trust_remote_code=args.trust_remote_code)
+    answerer = Answerer(args.aligned, device=args.device, trust_remote_code=args.trust_remote_code)
     share, refusals = coverage(answerer, tokens, prompts, load_judge(args.judge))
     print(
         f"Coverage: S holds {100 * share:.1f} % of the first token's probability, over {refusals} refusals "
