@@ -29,7 +29,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_MARKER = "data.json"
 # What alignment changes in configs/demo/pact_lora.yaml (with --method sft).
 ALIGNMENT = (
-    "dataset.mix=null", "dataset.n=null", "batch_by_length=True", "batch_size=8", "epochs=1", "optimizer.lr=1e-3",
+    "dataset.mix=null", "dataset.n=null", "batch_by_length=True", "batch_size=4", "epochs=1", "optimizer.lr=1e-3",
     "model.lora_rank=16", "model.lora_alpha=32", "model.apply_lora_to_mlp=True",
 )  # fmt: skip
 # Where the files of --data DIR are, and which column holds the prompt.
