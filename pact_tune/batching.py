@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from pact_tune.conversations import Conversation
-from pact_tune.prefixes import SharedPrefix
+from pact_tune.prefixes import SharedPrefix, group_by_prefix, shared_length
 
 T = TypeVar("T")
 LEAST_FILLED = 0.9  # of a row of a forward without training; the rest is padding
@@ -104,6 +104,20 @@ def shareable(conversation: Conversation) -> list[int]:
     return conversation.tokens[: conversation.responses[0][0] - 1]
 
 
+def shared_prefix(conversations: Sequence[Conversation], longest: int) -> int:
+    """How many tokens of a batch are computed once for all its rows.
+
+    Args:
+        conversations (Sequence[Conversation]): may be empty.
+        longest (int): row, in tokens, that the network can compute so; see :class:`pact_tune.decoder.Decoder`.
+
+    Returns:
+        int: for :func:`collate`.
+    """
+    lengths = [len(c.tokens) for c in conversations]
+    return 0 if max(lengths, default=0) > longest else shared_length(list(map(shareable, conversations)), sum(lengths))
+
+
 def response_only_views(
     conversation: Conversation, prefix: Sequence[int], max_tokens: int | None
 ) -> list[Conversation]:
@@ -143,6 +157,23 @@ def batches_by_length(lengths: Sequence[int], max_tokens: int, least_filled: flo
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+def batches_by_prefix(conversations: Sequence[Conversation], max_tokens: int) -> list[list[int]]:
+    """Cuts rows into batches for forwards without training, of rows that begin alike and are of like lengths.
+
+    A batch is small enough for a network that does not compute what its rows share once.
+
+    Args:
+        conversations (Sequence[Conversation]): the rows.
+        max_tokens (int): of a batch, padding included; a longer row is a batch of its own.
+
+    Returns:
+        list[list[int]]: row numbers; depends on the arguments alone.
+    """
+    lengths = [len(c.tokens) for c in conversations]
+    groups = group_by_prefix(list(map(shareable, conversations)))
+    return [[g[i] for i in batch] for g in groups for batch in batches_by_length([lengths[i] for i in g], max_tokens)]
 
 
 def rank_rows(rows: Sequence[T], rank: int, world_size: int) -> list[T]:

@@ -7,11 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pact_tune.batching import Batch, collate, shareable
+from pact_tune.batching import Batch, collate, shared_prefix
 from pact_tune.conversations import Conversation
 from pact_tune.head import reduce_in_chunks
 from pact_tune.objectives.base import Chunk, Objective, View
-from pact_tune.prefixes import shared_length
 from pact_tune.reference.readings import Head, Reading
 
 
@@ -91,13 +90,7 @@ class Decoder:
         Returns:
             torch.Tensor: ``[T, W]``.
         """
-        batch = collate(conversations, self.pad_id, prefix=self._prefix(conversations)).to(self.device)
+        prefix = shared_prefix(conversations, self.longest_shared)
+        batch = collate(conversations, self.pad_id, prefix=prefix).to(self.device)
         with torch.no_grad(), self.frozen():
             return self.run(batch, lambda hidden, head: reading.of_reference(hidden, head, batch.labels))
-
-    def _prefix(self, conversations: Sequence[Conversation]) -> int:
-        """How many tokens of a batch are computed once for all its rows."""
-        lengths = [len(c.tokens) for c in conversations]
-        if max(lengths, default=0) > self.longest_shared:
-            return 0
-        return shared_length([shareable(c) for c in conversations], sum(lengths))

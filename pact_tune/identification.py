@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pact_tune import hub, log
-from pact_tune.batching import batches_by_length
 from pact_tune.conversations import (
     Message,
     encode,
@@ -54,10 +53,11 @@ from pact_tune.safety_tokens import (
     top_k,
     warn_of_ties,
 )
-from pact_tune.scoring import response_logits
+from pact_tune.scoring import batches_of, response_logits
 
 # What a work folder holds; the first says whose it is.
 WORK_FILES = ("settings.json", "responses-*-[0-9]*.json", "sums-*-of-*.safetensors")
+FORMAT = 2  # of a work folder: sums are kept of the first so many batches, in this order of batches
 CANDIDATES = 2048  # kept by each ranking, so that another K or ranking needs no model
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -414,7 +414,7 @@ def _measure(run: _Run, model: "_LazyModel", corpus: _Corpus, which: str) -> tup
     sums, weight = torch.zeros(2, columns, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for _, _, weights in rows:
         weight += weights.sum(1)
-    batches = batches_by_length([len(p) + len(r) for p, r, _ in rows], run.tokens_per_batch)[run.rank :: run.world_size]
+    batches = batches_of([(p, r) for p, r, _ in rows], run.tokens_per_batch)[run.rank :: run.world_size]
     file = run.work_dir and run.work_dir / f"sums-{corpus.name}-{which}-{run.rank}-of-{run.world_size}.safetensors"
     done = 0
     if file and file.exists():
@@ -554,6 +554,7 @@ def _claim_work_dir(run: _Run, models: dict[str, Any], harmful: _Corpus, benign:
         return
     texts = [harmful.prompts, harmful.responses, benign.prompts]
     settings = models | {
+        "format": FORMAT,
         "average": run.average,
         "base_prompting": run.base_prompting,
         "max_response_tokens": run.max_response_tokens,

@@ -4,11 +4,14 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
-from pact_tune.batching import batches_by_length
+from pact_tune.batching import Batch, batches_by_prefix, collate, shared_prefix
+from pact_tune.conversations import Conversation
+from pact_tune.hf.prefix import find_longest_shared, inputs_of
 
 # A prompt and a response of at least one token, as token ids.
 Pair = tuple[list[int], list[int]]
@@ -20,9 +23,27 @@ POSITION_RANGES: dict[str, tuple[int, int | None]] = {"0": (0, 1), "1-7": (1, 8)
 CHUNK_BYTES = {"cpu": 28_000_000, "cuda": 256_000_000}
 
 
+_LONGEST_SHARED: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()  # of the models that were asked
+
+
+def batches_of(pairs: Sequence[Pair], tokens_per_batch: int) -> list[list[int]]:
+    """Cuts pairs into batches, of those that begin alike and are of like lengths.
+
+    Args:
+        pairs (Sequence[Pair]): prompts and responses.
+        tokens_per_batch (int): padded tokens of a forward pass.
+
+    Returns:
+        list[list[int]]: their numbers; depends on the arguments alone.
+    """
+    return batches_by_prefix(list(map(_conversation, pairs)), tokens_per_batch)
+
+
 @torch.inference_mode()
 def response_logits(model: PreTrainedModel, pairs: Sequence[Pair]) -> Iterator[torch.Tensor]:
     """Logits at the response positions of one batch, in chunks: the tensor of the vocabulary's size is never whole.
+
+    What all prompts begin with is computed once, where the model allows it and it saves enough.
 
     Args:
         model (PreTrainedModel): causal language model of transformers.
@@ -32,24 +53,38 @@ def response_logits(model: PreTrainedModel, pairs: Sequence[Pair]) -> Iterator[t
         torch.Tensor: ``[n, V]`` float32 on the model's device; all chunks together hold every response token of every
         pair, in order.
     """
-    width = max(len(prompt) + len(response) for prompt, response in pairs)
-    ids = torch.zeros(len(pairs), width, dtype=torch.long)
-    positions = torch.zeros(len(pairs), width, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(pairs):
-        ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        positions[i, len(prompt) - 1 : len(prompt) + len(response) - 1] = True
-    # On the right, padding needs no mask: attention is causal and padded positions are not read.
-    output = model.base_model(input_ids=ids.to(model.device), use_cache=False)
-    hidden = output.last_hidden_state
-    hidden = hidden[positions.to(hidden.device)]  # [T, H]
+    rows = list(map(_conversation, pairs))
+    batch = collate(rows, 0, prefix=shared_prefix(rows, _longest_shared(model)))
+    output, hidden = _trunk(model, batch)
     chunk = max(1, CHUNK_BYTES[hidden.device.type] // (4 * model.get_output_embeddings().weight.shape[0]))
     for part in hidden.split(chunk):
         yield _logits(model, output, part).float()
 
 
+def _conversation(pair: Pair) -> Conversation:
+    prompt, response = pair
+    return Conversation(prompt + response, [(len(prompt), len(prompt) + len(response))])
+
+
+def _trunk(model: PreTrainedModel, batch: Batch) -> tuple[Any, torch.Tensor]:
+    """What the model below its head gives for a batch, and of that the hidden states at response positions, ``[T, H]``."""
+    batch = batch.to(model.device)
+    with inputs_of(model, batch) as inputs:
+        output = model.get_decoder()(**inputs, use_cache=False)
+    hidden = output.last_hidden_state
+    return output, hidden.flatten(0, 1).index_select(0, batch.index.to(hidden.device))  # a device map ends elsewhere
+
+
+def _longest_shared(model: PreTrainedModel) -> int:
+    """Up to which length the model computes rows behind a shared prefix; it is found out once a model."""
+    if model not in _LONGEST_SHARED:
+        _LONGEST_SHARED[model] = find_longest_shared(model, lambda batch: _trunk(model, batch)[1])
+    return _LONGEST_SHARED[model]
+
+
 def _logits(model: PreTrainedModel, output: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[n, V]`` of hidden rows ``[n, H]`` as the model itself makes them (soft-cap, scale and all)."""
-    body: Any = model.base_model
+    body: Any = model.get_decoder()  # not base_model, which OPT's head does not call
     rows = copy.copy(output)
     rows.last_hidden_state = hidden[None]
     before = body.__dict__.get("forward")  # accelerate puts its own there
@@ -94,7 +129,7 @@ def token_logprobs(model: PreTrainedModel, pairs: Sequence[Pair], tokens_per_bat
         list[torch.Tensor]: ``[tokens of the response]`` float32 on the CPU, one a pair, in order.
     """
     found: dict[int, torch.Tensor] = {}
-    for batch in batches_by_length([len(p) + len(r) for p, r in pairs], tokens_per_batch):
+    for batch in batches_of(pairs, tokens_per_batch):
         labels = torch.tensor([token for i in batch for token in pairs[i][1]], dtype=torch.long)
         parts, start = [torch.zeros(0)], 0
         for logits in response_logits(model, [pairs[i] for i in batch]):
@@ -153,7 +188,7 @@ def compare(
         list[Comparison]: on the CPU, one a pair, in order. See :func:`mean_by_range`.
     """
     found: dict[int, Comparison] = {}
-    for batch in batches_by_length([len(p) + len(r) for p, r in pairs], tokens_per_batch):
+    for batch in batches_of(pairs, tokens_per_batch):
         rows = [pairs[i] for i in batch]
         labels = torch.tensor([token for _, response in rows for token in response])
         parts, start = [], 0

@@ -85,6 +85,27 @@ def test_equals_a_loop_over_positions(tmp_path, architecture, preset, monkeypatc
     assert tokens.ids.tolist() == ranked.topk(8).indices.tolist()
 
 
+@pytest.mark.parametrize(("architecture", "left"), [("qwen2", 0.7), ("llama", 0.7), ("gemma2", 1)])
+def test_what_prompts_share_is_computed_once_and_changes_no_number(tmp_path, architecture, left, monkeypatch):
+    """Gemma 2's attention cannot be split, and it is computed as ever."""
+    aligned, base = (tiny.tiny_model(tmp_path / str(seed), architecture, seed=seed) for seed in (1, 2))
+    found, tokens = [], []
+    collate, find = scoring.collate, scoring.find_longest_shared
+    for may in (find, lambda *_: 0):
+        computed: list[int] = []
+        monkeypatch.setattr(scoring, "find_longest_shared", may)
+        monkeypatch.setattr(
+            scoring, "collate", lambda *a, **k: (batch := collate(*a, **k), computed.append(batch.tokens.numel()))[0]
+        )
+        options = OPTIONS | {"benign_prompts": ["What is the best way? " + p for p in PROMPTS], "tokens_per_batch": 4096}
+        found.append(identify_safety_tokens(aligned, base, ["I'm sorry, but how? " * 3 + p for p in PROMPTS], **options))
+        tokens.append(sum(computed))
+    shared, apart = (measured.candidates for measured in found)
+    for name in ("scores", "reference_probability", "benign_probability"):
+        torch.testing.assert_close(shared[name], apart[name], rtol=0, atol=1e-6)
+    assert tokens[0] <= left * tokens[1] and (tokens[0] < tokens[1]) == (left < 1)
+
+
 def test_two_runs_give_the_same_files_and_so_does_sampling(pair, tmp_path):
     for name, more in (("greedy", {}), ("sampled", {"temperature": 1.0, "seed": 3})):
         for run in "ab":
@@ -189,6 +210,10 @@ def test_a_work_folder_of_other_settings_is_refused(pair, tmp_path):
         identify_safety_tokens(*pair, PROMPTS, work_dir=work, **OPTIONS | {"max_response_tokens": 9})
     with pytest.raises(UserError, match="prompts"):
         identify_safety_tokens(*pair, PROMPTS[:4], work_dir=work, **OPTIONS)
+    settings = json.loads((work / "settings.json").read_text())
+    (work / "settings.json").write_text(json.dumps({name: settings[name] for name in settings if name != "format"}))
+    with pytest.raises(UserError, match="format"):  # sums over batches in another order
+        identify_safety_tokens(*pair, PROMPTS, work_dir=work, **OPTIONS)
 
 
 SCRIPT = """

@@ -3,6 +3,8 @@
 import pytest
 import tiny
 import torch
+import transformers as tf
+from test_hf_decoder import ARCHITECTURES, SIZES
 
 from pact_tune import generation, scoring
 from pact_tune.conversations import load_tokenizer, render_prompt
@@ -43,6 +45,43 @@ def test_batches_and_chunks_change_no_score(pair, monkeypatch):
             torch.testing.assert_close(distance.loss, -q[range(len(response)), response], rtol=0, atol=2e-5)
             torch.testing.assert_close(distance.mass, q[:, [5, 7]].exp().sum(-1), rtol=0, atol=2e-5)
             torch.testing.assert_close(distance.kl, (p.exp() * (p - q)).sum(-1), rtol=0, atol=2e-4)
+
+
+INSTRUCTIONS = [list(range(20, 40)), list(range(50, 75))]
+# How many tokens the first instruction's rows take: less than 24 + 23 + 24 where a model may share. Gemma 2's caps need
+# eager attention, and Mistral's window is shorter than these rows; OPT's head does not call what it calls its base model.
+TOKENS = {"llama": 31, "qwen2": 31, "gemma3_text": 31, "opt": 31, "gemma2": 72, "mistral": 72}
+
+
+@pytest.mark.parametrize("architecture", sorted(TOKENS))
+def test_what_prompts_begin_with_is_computed_once_and_changes_no_score(architecture):
+    settings = {**SIZES, **ARCHITECTURES.get(architecture, {"ffn_dim": 48, "word_embed_proj_dim": 32})}
+    if architecture == "gemma3_text":
+        settings["sliding_window"] = 64
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(architecture, **settings)).eval()
+    rests = [([3, 4], [5, 6, 7]), ([3], [5, 6, 7]), ([8, 9, 10], [11, 12])]
+    pairs = [(instruction + prompt, response) for instruction in INSTRUCTIONS for prompt, response in rests]
+    expected = [whole(model, *pair) for pair in pairs]
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel()))
+    list(scoring.response_logprobs(model, pairs[:3]))
+    seen.clear()  # of the few tokens that told whether this model may; they are computed once a model
+    found = list(scoring.response_logprobs(model, pairs[:3]))
+    assert seen == [TOKENS[architecture]]
+    found += scoring.response_logprobs(model, pairs[3:])
+    labels = scoring.token_logprobs(model, pairs, 80)
+    for row, label, whole_row, (_, response) in zip(found, labels, expected, pairs, strict=True):
+        torch.testing.assert_close(row, whole_row, rtol=0, atol=2e-5)
+        torch.testing.assert_close(label, whole_row[range(len(response)), response], rtol=0, atol=2e-5)
+    assert all(torch.equal(whole(model, *pair), logprobs) for pair, logprobs in zip(pairs, expected, strict=True))
+
+
+def test_pairs_that_begin_alike_share_a_batch():
+    pairs = [(instruction + [i], [1, 2]) for i in range(20) for instruction in INSTRUCTIONS]
+    batches = scoring.batches_of(pairs, 400)
+    assert sorted(sum(batches, [])) == list(range(40)) and len(batches) == 4
+    assert all(len({i % 2 for i in batch}) == 1 for batch in batches)
 
 
 def test_means_by_range():

@@ -14,21 +14,16 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from pact_tune.batching import Batch, collate
-from pact_tune.conversations import Conversation
+from pact_tune.batching import Batch
 from pact_tune.decoder import Decoder, TrainableHead
 from pact_tune.errors import UserError
-from pact_tune.prefixes import SharedPrefix
+from pact_tune.hf.prefix import TOLERANCE, find_longest_shared, inputs_of
 
 # What a config calls a factor of the logits, and whether the network multiplies by it or divides.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, ...
 DIVISORS = ("logits_scaling",)  # Granite
 CHECKED_TOKENS = 12  # length of the row on which the head is compared with the model's own
-SHARED = "pact_tune_shared_prefix"  # name of the attention of rows behind a shared prefix
-LIMITS = ("sliding_window", "attention_chunk_size", "max_position_embeddings")  # how far back a layer may look
-CHECK_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # of the largest logit
 
 
 def logit_scale(config: Any) -> float:
@@ -112,25 +107,6 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def _attention(
-    shared: SharedPrefix,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: None,
-    **options: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' "sdpa" for rows behind a shared prefix."""
-    own = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        output, _ = own(module, query, key, value, None if mask is None else mask[None, None], **options)
-        return output.transpose(1, 2)
-
-    return shared.attention(attend, query, key, value).transpose(1, 2).contiguous(), None
-
-
 class HFDecoder(Decoder):
     """Gives a transformers model our last step in the place of its own, for calls that ask for it.
 
@@ -178,23 +154,10 @@ class HFDecoder(Decoder):
         model.forward = types.MethodType(forward, model)
 
     def run(self, batch: Batch, read: Callable[[torch.Tensor, TrainableHead], Any]) -> Any:
-        # No mask: padding stands on the right, and packed rows are told apart by their positions starting anew.
-        inputs = {"input_ids": batch.tokens, "pact_read": (batch.index, read)}
-        if batch.input_pos is not None:
-            inputs["position_ids"] = batch.input_pos
-        if self._token_types:
-            inputs["token_type_ids"] = torch.zeros_like(batch.tokens)
-        if batch.shared is None:
-            return self.model(**inputs)
-        config = self.causal_lm.config.get_text_config()
-        own, config._attn_implementation = config._attn_implementation, SHARED
-        # Under a name that no mask is known for transformers makes none.
-        ALL_ATTENTION_FUNCTIONS.register(SHARED, functools.partial(_attention, batch.shared))
-        try:
-            with torch.compiler.set_stance("force_eager"):  # layouts differ, and each would be compiled
-                return self.model(**inputs)
-        finally:
-            config._attn_implementation = own
+        # What Gemma 3's vision models want in training.
+        types = {"token_type_ids": torch.zeros_like(batch.tokens)} if self._token_types else {}
+        with inputs_of(self.causal_lm, batch) as inputs:
+            return self.model(**inputs, **types, pact_read=(batch.index, read))
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -217,26 +180,14 @@ class HFDecoder(Decoder):
             for layer, adapters in active.items():
                 layer._disable_adapters, layer._active_adapter = False, adapters
 
-    @torch.no_grad()
     def find_longest_shared(self) -> None:
-        """Finds out whether, and up to which length, rows may be computed behind a shared prefix.
+        """Sets up to which length rows are computed behind a shared prefix; all ranks must call it."""
 
-        That is where attention is transformers' "sdpa" and no layer looks less far back than a row is long; a few tokens
-        tell the rest (ALiBi, recurrent layers, attention of a model's own). All ranks must call it.
-        """
-        config = self.causal_lm.config.get_text_config()
-        if config._attn_implementation != "sdpa":
-            return
-        tokens = [token % config.vocab_size for token in range(5, 13)]
-        rows = [Conversation(tokens[:3] + tokens[a:b], [(4, 3 + b - a)]) for a, b in ((3, 6), (5, 8), (6, 8))]
-
-        def hidden(prefix: int) -> torch.Tensor:
-            return self.run(collate(rows, self.pad_id, prefix=prefix).to(self.device), lambda hidden, head: hidden)
+        def hidden(batch: Batch) -> torch.Tensor:
+            return self.run(batch.to(self.device), lambda hidden, head: hidden)
 
         with self.frozen():
-            apart, behind = hidden(0), hidden(3)
-        if (apart - behind).abs().max() <= CHECK_TOLERANCE[self.head._base().weight.dtype] * apart.abs().max():
-            self.longest_shared = min(filter(None, (getattr(config, name, None) for name in LIMITS)), default=0)
+            self.longest_shared = find_longest_shared(self.causal_lm, hidden)
 
     @torch.no_grad()
     def check_head(self) -> None:
@@ -260,7 +211,7 @@ class HFDecoder(Decoder):
             more = {"token_type_ids": torch.zeros_like(tokens)} if self._token_types else {}
             own = self.model(input_ids=tokens, use_cache=False, **more).logits[0].float()
         expected = (own, own, own[:, ids])
-        limit = CHECK_TOLERANCE[self.head._base().weight.dtype] * own.abs().max()
+        limit = TOLERANCE[self.head._base().weight.dtype] * own.abs().max()
         for ours, theirs in zip(found, expected, strict=True):
             if ours.shape != theirs.shape or not (ours - theirs).abs().max() <= limit:
                 raise UserError(

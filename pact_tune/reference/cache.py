@@ -29,13 +29,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from pact_tune.batching import batches_by_length, shareable
+from pact_tune.batching import batches_by_prefix
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, remove_folder, remove_partial
 from pact_tune.fingerprints import fingerprint
 from pact_tune.log import EVERY_RANK, logger
-from pact_tune.prefixes import group_by_prefix
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 FORMAT = 2
@@ -409,15 +408,8 @@ def is_damaged(shard: Path) -> bool:
 
 
 def batches_of(conversations: Sequence[Conversation]) -> list[list[Conversation]]:
-    """Cuts conversations into the batches of a reference's forwards, of rows that begin alike and are of like lengths.
-
-    A batch is small enough for a network that does not compute what its rows share once.
-    """
-    groups = group_by_prefix([shareable(conversation) for conversation in conversations])
-    batches = (
-        (g, b) for g in groups for b in batches_by_length([len(conversations[i].tokens) for i in g], BATCH_TOKENS)
-    )
-    return [[conversations[group[i]] for i in batch] for group, batch in batches]
+    """Cuts conversations into the batches of a reference's forwards."""
+    return [[conversations[i] for i in batch] for batch in batches_by_prefix(conversations, BATCH_TOKENS)]
 
 
 def _remove_leftovers(directory: Path) -> None:
