@@ -22,7 +22,6 @@ POSITION_RANGES: dict[str, tuple[int, int | None]] = {"0": (0, 1), "1-7": (1, 8)
 # Bytes of fp32 logits that exist at a time. Above 32 MB glibc asks the kernel for new pages every time: half the speed.
 CHUNK_BYTES = {"cpu": 28_000_000, "cuda": 256_000_000}
 
-
 _LONGEST_SHARED: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()  # of the models that were asked
 
 

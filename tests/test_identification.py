@@ -89,21 +89,31 @@ def test_equals_a_loop_over_positions(tmp_path, architecture, preset, monkeypatc
 def test_what_prompts_share_is_computed_once_and_changes_no_number(tmp_path, architecture, left, monkeypatch):
     """Gemma 2's attention cannot be split, and it is computed as ever."""
     aligned, base = (tiny.tiny_model(tmp_path / str(seed), architecture, seed=seed) for seed in (1, 2))
-    found, tokens = [], []
-    collate, find = scoring.collate, scoring.find_longest_shared
-    for may in (find, lambda *_: 0):
-        computed: list[int] = []
-        monkeypatch.setattr(scoring, "find_longest_shared", may)
-        monkeypatch.setattr(
-            scoring, "collate", lambda *a, **k: (batch := collate(*a, **k), computed.append(batch.tokens.numel()))[0]
-        )
-        options = OPTIONS | {"benign_prompts": ["What is the best way? " + p for p in PROMPTS], "tokens_per_batch": 4096}
-        found.append(identify_safety_tokens(aligned, base, ["I'm sorry, but how? " * 3 + p for p in PROMPTS], **options))
-        tokens.append(sum(computed))
-    shared, apart = (measured.candidates for measured in found)
+    harmful, benign = (
+        ["I'm sorry, but how? " * 3 + p for p in PROMPTS],
+        ["What is the best way? " + p for p in PROMPTS],
+    )
+    computed: list[int] = []
+    collate = scoring.collate
+
+    def counted(*arguments, **options):
+        batch = collate(*arguments, **options)
+        computed.append(batch.tokens.numel())
+        return batch
+
+    def measured():
+        computed.clear()
+        options = OPTIONS | {"tokens_per_batch": 4096}
+        found = identify_safety_tokens(aligned, base, harmful, benign_prompts=benign, **options)
+        return found.candidates, sum(computed)
+
+    monkeypatch.setattr(scoring, "collate", counted)
+    shared, tokens = measured()
+    monkeypatch.setattr(scoring, "find_longest_shared", lambda *_: 0)
+    apart, all_tokens = measured()
     for name in ("scores", "reference_probability", "benign_probability"):
         torch.testing.assert_close(shared[name], apart[name], rtol=0, atol=1e-6)
-    assert tokens[0] <= left * tokens[1] and (tokens[0] < tokens[1]) == (left < 1)
+    assert tokens == all_tokens if left == 1 else tokens < left * all_tokens
 
 
 def test_two_runs_give_the_same_files_and_so_does_sampling(pair, tmp_path):

@@ -75,8 +75,8 @@ def _attention(
 def find_longest_shared(model: PreTrainedModel, hidden: Callable[[Batch], torch.Tensor]) -> int:
     """Finds out whether, and up to which length, a model may compute rows behind a shared prefix.
 
-    That is where attention is transformers' "sdpa" and no layer looks less far back than a row is long; a few tokens
-    tell the rest (ALiBi, recurrent layers, attention of a model's own).
+    That is where attention is transformers' "sdpa", positions can be given, and no layer looks less far back than a row is
+    long; a few tokens tell the rest (ALiBi, recurrent layers, attention of a model's own).
 
     Args:
         model (PreTrainedModel): the causal LM itself, not PEFT's or DDP's wrapper.
@@ -87,7 +87,8 @@ def find_longest_shared(model: PreTrainedModel, hidden: Callable[[Batch], torch.
         int: the longest row, in tokens; 0 where it may not.
     """
     config = model.config.get_text_config()
-    if config._attn_implementation != "sdpa" or "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+    accepted = inspect.signature(model.base_model.forward).parameters
+    if config._attn_implementation != "sdpa" or "position_ids" not in accepted:
         return 0
     tokens = [token % config.vocab_size for token in range(5, 13)]
     rows = [Conversation(tokens[:3] + tokens[a:b], [(4, 3 + b - a)]) for a, b in ((3, 6), (5, 8), (6, 8))]
