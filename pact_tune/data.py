@@ -161,16 +161,17 @@ def chat_dataset(
         columns (Mapping[str, str] | None): which column holds "prompt", "input" (appended to the prompt), "response"
             and "system", or "messages" and "system"; None recognises the usual layouts, each row by its own.
         system (str | None): a system message put before every row that has none.
-        n (int | None): how many rows to train on, all sources together, drawn without replacement; None takes all.
+        n (int | None): how many rows to train on, source and mix together, drawn without replacement; None takes all.
         mix (Mapping[str, Any] | Sequence[Mapping[str, Any]] | None): a second source, or a list of further ones:
-            ``source``, ``fraction`` (its share p of all rows) and, where needed, ``name``, ``split`` and ``columns``.
+            ``source``, ``fraction`` (its share p of source and mix) and, where needed, ``name``, ``split`` and ``columns``.
             ``n: 5000`` with ``fraction: 0.1`` is the paper's setting. ``ce_weight`` multiplies the cross-entropy of these
             rows and ``constraint_weight`` their constraint (both 1 unless given): ``ce_weight: 0`` keeps rows for the
             constraint alone, ``constraint_weight: 0`` trains on them without it.
         seed (int): of the drawing and of the order.
         max_seq_len (int | None): rows of more tokens are left out, and counted.
-        anchors (Mapping[str, Any] | None): one more source, with the keys of ``mix``: the aligned model's own answers, as
-            ``pact anchors`` writes them. An audit is not about them, since it would drop the refusals.
+        anchors (Mapping[str, Any] | None): the aligned model's own answers, as ``pact anchors`` writes them, beside all of
+            these rows: the keys of ``mix``, ``fraction`` being their share of what is then there. An audit is not about
+            them, since it would drop the refusals.
         audit (Mapping[str, Any] | None): ``file``, the output of ``pact audit`` on all of these sources, and ``action``,
             what becomes of rows that the aligned model would have refused: "report" (the default: they are counted), "drop"
             (drawn like any row, then left out: what remains is the same run without them) or "constraint_only" (their cross-entropy is not trained on).
@@ -195,21 +196,23 @@ def chat_dataset(
         _mixed(other, "dataset.mix" if isinstance(mix, Mapping) else f"dataset.mix[{i}]")
         for i, other in enumerate(others)
     ]
-    if anchors is not None:
-        mixed.append(_anchors(anchors))
+    anchored = None if anchors is None else _anchors(anchors)
     fractions = [fraction for fraction, _ in mixed]
     total = sum(fractions)
     if total >= 1:
-        which = "dataset.mix" if anchors is None else "dataset.mix and dataset.anchors"
-        raise UserError(f"The fractions of {which} add up to {total:g}; they leave no room for dataset.source.")
+        raise UserError(f"The fractions of dataset.mix add up to {total:g}; they leave no room for dataset.source.")
 
     wanted = None if n is None else [round(n * fraction) for fraction in fractions]
     first_n = None if n is None or wanted is None else n - sum(wanted)
     conversations, counts = reader.take(_Source(source, name, split, columns), first_n, rng)
     all_counts = [counts]
+    drawn = counts.used + counts.dropped
     if wanted is None:
-        drawn = counts.used + counts.dropped
         wanted = [round(drawn * fraction / (1 - total)) for fraction in fractions]
+    if anchored is not None:  # beside the data, which are what they would be without them
+        fraction = anchored[0]
+        wanted.append(round((drawn + sum(wanted)) * fraction / (1 - fraction)))
+        mixed.append(anchored)
     for (_, other), number in zip(mixed, wanted, strict=True):
         more, more_counts = reader.take(other, number, rng)
         conversations += more
@@ -352,7 +355,7 @@ class _Reader:
         counts.conversations = len(conversations)
         if wanted is not None and counts.used + counts.dropped < wanted:
             raise UserError(
-                f"{wanted} rows of '{where.title}' are asked for, but only {counts.used} are usable: {counts}."
+                f"{wanted} rows of '{where.title}' are asked for, but only {counts.used + counts.dropped} are usable: {counts}."
             )
         return [
             replace(c, ce_weight=c.ce_weight * where.ce_weight, weight=c.weight * where.constraint_weight)
