@@ -1,15 +1,21 @@
 """Identification against the published procedure, in CPU time, on the same models and responses.
 
     python benchmarks/identification.py
+    python benchmarks/identification.py --shared DIR
 
 The published procedure is written here from its description: both models in bfloat16, batch 1, the logits of every
 position of both divided by a temperature and cast to fp32, a Python loop over the response positions that takes both
 softmaxes and adds to full-vocabulary sums. Both sides run in bfloat16 and in float32, where their d(v) must agree.
 One thread; each repetition times all sides one after the other.
+
+`--shared` measures instead what is gained where the prompts' beginning is computed once: prompts of `pact smollm2 prepare`
+in DIR with the answers of its alignment rows, its tokenizer, and a random model of Llama's shape.
 """
 
 import argparse
 import csv
+import itertools
+import json
 import platform
 import statistics
 import sys
@@ -20,9 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from pact_tune.conversations import encode, load_tokenizer, render_prompt
+from pact_tune import scoring
+from pact_tune.conversations import encode, load_tokenizer, render, render_prompt
 from pact_tune.files import atomic_file
 from pact_tune.identification import PRESETS, identify_safety_tokens
 
@@ -35,6 +42,8 @@ SIZES = (
     {"vocabulary": 32_000, "hidden": 512, "layers": 4},
     {"vocabulary": 152_064, "hidden": 64, "layers": 2},
 )
+LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 16}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.05}
 RESPONSE = "I cannot help with that request. I'm sorry, but I can't assist with that. I won't provide such content. "
 
 
@@ -105,14 +114,65 @@ def compare(pair: tuple[Path, Path], prompts: list[str], responses: list[str] | 
     return row
 
 
+def shared(directory: Path, repetitions: int) -> None:
+    """Times one model's sums with each prompt computed whole, and with what they begin with computed once, in turns."""
+    tokenizer = load_tokenizer(str(directory / "base"))
+    data = {name: directory / "data" / f"{name}.jsonl" for name in ("alignment", "identification")}
+    rows = {name: list(map(json.loads, path.read_text().splitlines())) for name, path in data.items()}
+    answers = {row["prompt"]: row["response"] for row in rows["alignment"]}
+    pairs = []
+    for row in rows["identification"]:
+        if row["prompt"] in answers:
+            user = {"role": "user", "content": row["prompt"]}
+            chat = render(tokenizer, [user, {"role": "assistant", "content": answers[row["prompt"]]}])
+            ((start, end),) = chat.responses
+            pairs.append((chat.tokens[:start], chat.tokens[start:end]))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **LLAMA)).eval()
+    computed: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: computed.append(inputs[0].numel()))
+    found: list[dict[str, Any]] = []
+    for repetition in range(repetitions + 1):
+        chosen = pairs if repetition else pairs[:16]  # the first warms up
+        row = {"repetition": repetition, "prompts": len(chosen), "positions": sum(len(r) for _, r in chosen)} | LLAMA
+        means = []
+        for side in ("whole", "shared") if repetition % 2 else ("shared", "whole"):
+            scoring._LONGEST_SHARED.clear()
+            if side == "whole":
+                scoring._LONGEST_SHARED[model] = 0
+            computed.clear()
+            row[f"{side}_s"], total = measure(probability_sums, model, chosen)
+            row[f"{side}_tokens"] = sum(computed)
+            means.append(total / row["positions"])
+        row["max_error"] = (means[0] - means[1]).abs().max().item()
+        print(row, row["shared_s"] / row["whole_s"], flush=True)
+        if repetition:
+            found.append(row)
+            with atomic_file(RESULTS / "identification_shared_cpu.csv") as path, path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, found[0].keys())
+                writer.writeheader()
+                writer.writerows(found)
+
+
+def probability_sums(model: LlamaForCausalLM, pairs: list[scoring.Pair]) -> torch.Tensor:
+    """Sum of probabilities over all response positions, ``[V]``."""
+    batches = ([pairs[i] for i in batch] for batch in scoring.batches_of(pairs, 4096))
+    chunks = itertools.chain.from_iterable(scoring.response_logits(model, batch) for batch in batches)
+    return sum(logits.softmax(-1).sum(0).double() for logits in chunks)
+
+
 def main() -> None:
     """Measures every setting and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--response-tokens", type=int, default=64)
+    parser.add_argument("--shared", type=Path, metavar="DIR", help="of `pact smollm2 prepare`")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.shared:
+        shared(args.shared, args.repetitions)
+        return
     rows = []
     prompts = [REQUEST * (1 + i % 3) + str(i) for i in range(args.prompts)]
     for size in SIZES:
