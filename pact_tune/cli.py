@@ -3,9 +3,10 @@
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 
 from pact_tune import log
-from pact_tune.errors import UserError
+from pact_tune.errors import UserError, unknown_name
 from pact_tune.version import __version__
 
 # words on the command line -> (module, what it does)
@@ -79,15 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv == ["--version"]:
         print(__version__)
         return 0
-    words = next((words for words in COMMANDS if tuple(argv[: len(words)]) == words), None)
-    if words is None:
-        print(f"pact: unknown command '{' '.join(argv[:2])}'.\n{_usage()}", file=sys.stderr)
-        return 2
-    # A module that serves several commands is told which one.
-    told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1, "smollm2": 1}
-    rest = argv[told.get(words[0], len(words)) :]
     try:
-        return _run(COMMANDS[words][0], rest) or 0
+        words = _command(argv[: 1 + group])
+        # A module that serves several commands is told which one.
+        told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1, "smollm2": 1}
+        return _run(COMMANDS[words][0], argv[told.get(words[0], len(words)) :]) or 0
     except UserError as error:
         if log.debugging():
             raise
@@ -104,6 +101,13 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pact: interrupted.", file=sys.stderr)
         return 130
+
+
+def _command(words: Sequence[str]) -> tuple[str, ...]:
+    """The words, which are one of our commands."""
+    if tuple(words) not in COMMANDS:
+        raise unknown_name("command of `pact --help`", " ".join(words), map(" ".join, COMMANDS))
+    return tuple(words)
 
 
 def _run(tool: str, argv: list[str]) -> int | None:

@@ -209,10 +209,35 @@ def test_pact_validate_of_a_file_that_is_no_config(tmp_path, capsys):
 
 def test_pact_run_is_tune_run(monkeypatch):
     seen = []
-    monkeypatch.setattr("torchtune._cli.tune.main", lambda: seen.extend(sys.argv))
+    monkeypatch.setattr("torchtune._cli.run.Run._run_cmd", lambda self, args: seen.extend(sys.argv))
     monkeypatch.setattr(sys, "argv", [])
     assert cli.main(["run", "pact_lora_finetune", "--config", "demo/pact_lora"]) == 0
     assert seen == ["tune", "run", "pact_lora_finetune", "--config", "demo/pact_lora"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("run", "`pact run` needs a recipe and a config: write `pact run [options of torchrun] pact_lora_finetune --config NAME"),
+        ("run pact_lora_finetune", "`pact run` needs a config: write `pact run"),
+        ("run pact_lora_finetune --config", "--config stands without a name"),
+        ("run --nproc_per_node 2 --config demo/pact_lora", "'--config' stands before the recipe's name"),
+        ("run pact_lora_finetun --config demo/pact_lora", "did you mean 'pact_lora_finetune'?"),
+        ("run ./nothing.py --config demo/pact_lora", "'./nothing.py' is no recipe"),
+        ("run --nproc_per_node --config demo/pact_lora", "expected one argument; see"),
+        ("validate demo/pact_lora --lambda 3", "Unknown option '--lambda': `pact validate` takes --method, key=value and ~key."),
+        ("validate", "the following arguments are required: name; see `pact validate --help`."),
+        ("cp demo/pact_lora mine.yaml --forse", "unrecognized arguments: --forse; see `pact cp --help`."),
+        ("audit rows.jsonl", "the following arguments are required: --aligned, --output; see `pact audit --help`."),
+        ("experiment guard --jobs many", "argument --jobs: invalid int value: 'many'; see `pact experiment --help`."),
+        ("tokens shwo", "'tokens shwo' is no command of `pact --help`; did you mean 'tokens show'?"),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_is_not_right(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 1
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """pact anchors: prompts in, the aligned model's own answers out."""
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.environment import install
 from pact_tune.errors import UserError
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int | None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact anchors",
         description="The aligned model answers prompts, and prompts and answers become training rows. Take harmful and harmless "
         "prompts, other ones than those you evaluate on. Give the file to training as dataset.anchors.",

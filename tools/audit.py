@@ -1,11 +1,11 @@
 """pact audit: which training rows would the aligned model itself have refused?"""
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.environment import install
 from pact_tune.errors import UserError
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact audit",
         description="The aligned model answers the prompt of each training row, and a judge says whether it refuses. Prints "
         "a table by source and writes a JSONL with a verdict a row, the rows most at odds with the aligned model first. Give "

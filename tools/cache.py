@@ -1,12 +1,13 @@
 """`pact cache`: look after the reference caches that runs share."""
 
-import argparse
 import datetime
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError
 from pact_tune.reference.cache import Summary, default_directory, is_damaged, prune, shards_of, summaries
 
@@ -38,12 +39,12 @@ def main(argv: list[str] | None = None) -> int:
     return _prune(root, args.max_gb, args.older_than)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pact cache", description=__doc__)
+def _parser() -> Parser:
+    parser = Parser(prog="pact cache", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    where = argparse.ArgumentParser(add_help=False)
+    where = Parser(add_help=False)
     where.add_argument("--directory", type=Path, help="root of the caches, as in reference_cache.directory")
-    one = argparse.ArgumentParser(add_help=False)
+    one = Parser(add_help=False)
     one.add_argument("reference", nargs="?", default="", help="name of a reference, or how it begins; default: all")
     commands.add_parser("list", parents=[where], help="all references, the most recently used first")
     commands.add_parser("info", parents=[where, one], help="what a reference's numbers depend on")
@@ -140,4 +141,4 @@ def _build(name: str, overrides: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(["cache", *sys.argv[1:]]))

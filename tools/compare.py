@@ -1,10 +1,10 @@
 """pact compare: evaluations side by side, as a table and as one page."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.environment import install
 from pact_tune.errors import UserError
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact compare",
         description="Put evaluations side by side. Each argument is an evaluation's folder (of `pact evaluate`, with a "
         "summary.json), or NAME=DIR,DIR,... for runs that differ in their seed alone.",

@@ -8,6 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pact_tune import cli, log
+from pact_tune.arguments import Parser
 from pact_tune.distributed import finish
 from pact_tune.errors import UserError
 from pact_tune.identification import PRESETS, check_work_dir, identify_safety_tokens, remove_work_dir
@@ -27,8 +28,8 @@ PROMPT_SETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="pact tokens compute",
         description="Measure which tokens an aligned model prefers over its base model while it refuses (paper, Eq. 1-2).",
         epilog="Killed? The same command goes on where it stopped. Several GPUs: torchrun --nproc_per_node N -m "

@@ -11,6 +11,7 @@ from torchtune import config, training
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from transformers import PreTrainedModel
 
+from pact_tune.arguments import Parser
 from pact_tune.backbones import TRANSFORMERS
 from pact_tune.config import refuse
 from pact_tune.errors import UserError
@@ -20,6 +21,7 @@ from pact_tune.memory import GIB, estimate_memory
 from pact_tune.torchtune import launch, lora
 from pact_tune.torchtune.config import (
     EXPERIMENT_ROOT,
+    RECIPE,
     add_arguments,
     complete,
     compose,
@@ -28,11 +30,11 @@ from pact_tune.torchtune.config import (
     find_config,
     find_method,
     method_names,
+    refuse_options,
 )
 from pact_tune.torchtune.memory import sizes_of
 from pact_tune.weights import ModelFolder
 
-RECIPE = "pact_lora_finetune"
 DEFAULT_TOKENS = 2048  # row length for the memory estimate of a config without dataset.max_seq_len
 
 
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> int:
     """
     if argv[0] == "run":
         return launch.run(argv)
-    parser = argparse.ArgumentParser(prog="pact", description=__doc__)
+    parser = Parser(prog="pact", description=__doc__)
     commands = parser.add_subparsers(required=True)
     list_parser = commands.add_parser("ls", help="list the recipe and its configs")
     list_parser.set_defaults(run=_list)
@@ -72,12 +74,13 @@ def main(argv: list[str]) -> int:
     validate_parser = commands.add_parser("validate", help="check a config; no data or weights are read")
     validate_parser.add_argument("name", help="a name that `pact ls` lists, or a path")
     add_arguments(validate_parser)
-    validate_parser.set_defaults(run=_validate, overrides=[])
+    validate_parser.set_defaults(run=_validate)
     args, rest = parser.parse_known_args(argv)
-    if rest and (args.run is not _validate or rest[0].startswith("-")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.run is _validate:
+        refuse_options(rest, "`pact validate` takes --method, key=value and ~key")
         args.overrides += rest  # overrides that stand after an option
+    elif rest:
+        commands.choices[argv[0]].error(f"unrecognized arguments: {' '.join(rest)}")
     args.run(args)
     return 0
 

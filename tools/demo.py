@@ -1,6 +1,5 @@
 """`pact demo`: the whole story on the demo family, through the same commands that a real model is fine-tuned with."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -8,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pact_tune.arguments import Parser
 from pact_tune.demo import demo_family_path, write_demo_data
 from pact_tune.environment import install
 from pact_tune.errors import UserError
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: a step failed.
     """
-    parser = argparse.ArgumentParser(prog="pact demo", description=__doc__)
+    parser = Parser(prog="pact demo", description=__doc__)
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/demo"), help="folder for everything the demo writes"
     )

@@ -1,10 +1,10 @@
 """pact tokens download: safety tokens from the Hugging Face Hub."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from pact_tune import cli, hub
+from pact_tune.arguments import Parser
 from pact_tune.errors import printable
 from pact_tune.safety_tokens import SafetyTokens, check_output
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(prog="pact tokens download", description="Download safety tokens from the Hub.")
+    parser = Parser(prog="pact tokens download", description="Download safety tokens from the Hub.")
     parser.add_argument("source", metavar="NAMESPACE/NAME", help=f"or one of: {', '.join(sorted(hub.KNOWN))}")
     parser.add_argument("--subfolder", metavar="MODEL", help="folder of the model in the repository")
     parser.add_argument("--revision", help="branch, tag or commit")

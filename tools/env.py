@@ -1,11 +1,11 @@
 """`pact env`: versions, devices, and what is missing for which feature."""
 
-import argparse
 import json
 import sys
 from dataclasses import asdict
 
-from pact_tune import environment
+from pact_tune import cli, environment
+from pact_tune.arguments import Parser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         int: 0; a missing feature is no error.
     """
-    parser = argparse.ArgumentParser(prog="pact env", description=__doc__)
+    parser = Parser(prog="pact env", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     versions, devices, features = environment.versions(), environment.devices(), list(environment.features())
@@ -36,4 +36,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.main(["env", *sys.argv[1:]]))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.environment import install
 from pact_tune.errors import UserError
 
@@ -13,8 +14,8 @@ DEFAULT_BENCHMARKS = ["strongreject", "jailbreakbench", "harmbench", "xstest"]
 INITIAL = "Initial"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="pact evaluate",
         description="Evaluate checkpoints or adapter folders. Each model gets a folder of its own in the output folder, with "
         "its answers, the verdicts on them and a summary; with more than one model, or --aligned, a comparison page as well. "

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: the file is not right, or something failed.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact experiment",
         description="Methods x cases x poison shares x seeds: makes what the file's stages make, chooses each method's settings "
         "on a seed that is not reported, trains and evaluates every run in a folder of its own, and writes one table. What is "

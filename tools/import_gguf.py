@@ -1,9 +1,9 @@
 """pact import-gguf: a GGUF file becomes a Hugging Face checkpoint."""
 
-import argparse
 import sys
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.hf.gguf_import import ARCHITECTURES, DTYPES, STORED_WHOLE, import_gguf
 
 
@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact import-gguf",
         description="Write a GGUF file as a Hugging Face checkpoint with its tokenizer and chat template, dequantised.",
         epilog=f"Architectures: {', '.join(ARCHITECTURES)}. Fine-tuning and evaluation take the folder like any other.",

@@ -1,9 +1,9 @@
 """pact tokens intervene: boost or ablate safety tokens while a model answers (paper, Table 1)."""
 
-import argparse
 import sys
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError
 from pact_tune.intervention import BOOST, Answerer, intervene, load_judge
 from pact_tune.prompts import column, read_prompts
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact tokens intervene",
         description="Boost or ablate safety tokens, or as many random ones, while a model answers harmful requests, and "
         "print how often it complies. Answers are judged and not kept.",

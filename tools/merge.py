@@ -1,11 +1,11 @@
 """`pact merge ADAPTER --base MODEL`: a LoRA adapter and its base model become one model."""
 
-import argparse
 from pathlib import Path
 
 import torch
 
 from pact_tune.adapters import check_fits, merge_folder, read_adapter
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_folder, check_replaceable
 from pact_tune.stamp import STAMP_FILE, check_files, read_stamp, result_names, write_stamp
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: no adapter there, one of another model, or an output that is no earlier merge.
     """
-    parser = argparse.ArgumentParser(prog="pact merge", description=__doc__)
+    parser = Parser(prog="pact merge", description=__doc__)
     parser.add_argument("adapter", type=Path, help="folder of a LoRA or DoRA adapter in PEFT's format")
     parser.add_argument(
         "--base", help="folder of the model that it was trained on; default: the one that pact.json names"

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError
 from pact_tune.hub import Published
 from pact_tune.publishing import publish
@@ -16,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact tokens publish",
         description="Publish safety tokens: one commit and one tag a version, none when nothing changed.",
         epilog="Log in with `hf auth login`, or set HF_TOKEN.",

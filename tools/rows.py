@@ -1,12 +1,12 @@
 """pact rows: a task's training rows, asked as its benchmark asks."""
 
-import argparse
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError
 
 
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact rows",
         description="Write the rows of a task (sst2, ag_news, gsm8k) as training rows with the prompt that `pact evaluate` asks, so "
         "that what is trained is what is measured.",

@@ -1,10 +1,10 @@
 """pact tokens from-templates: safety tokens from refusal templates and a tokenizer; nothing is measured."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from pact_tune import cli, hub
+from pact_tune.arguments import Parser
 from pact_tune.conversations import load_tokenizer
 from pact_tune.errors import UserError
 from pact_tune.prompts import column, read_prompts
@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact tokens from-templates",
         description="Safety tokens from refusal templates and a tokenizer alone: no model, uniform weights.",
     )

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError, printable
 from pact_tune.files import atomic_file
 from pact_tune.safety_tokens import SafetyTokens
@@ -19,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments; default: those of the process.
     """
-    parser = argparse.ArgumentParser(prog="pact tokens show", description="Look at safety tokens, or compare two.")
+    parser = Parser(prog="pact tokens show", description="Look at safety tokens, or compare two.")
     parser.add_argument("source", metavar="DIR", help="folder, NAMESPACE/NAME, or a short name")
     parser.add_argument("--subfolder")
     parser.add_argument("--revision")

@@ -1,10 +1,10 @@
 """pact smollm2 prepare, pact smollm2 answers: the models, data and safety tokens of the SmolLM2 story (docs/smollm2.md)."""
 
-import argparse
 import sys
 from pathlib import Path
 
 from pact_tune import cli
+from pact_tune.arguments import Parser
 from pact_tune.errors import UserError
 from pact_tune.smollm2.prepare import prepare
 
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv (list[str] | None): arguments, the first being "prepare" or "answers"; default: those of the process.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="pact smollm2",
         description="A real pair of models on a laptop: SmolLM2-135M-Instruct, and the same aligned.",
         epilog="Killed? The same command goes on where it stopped.",

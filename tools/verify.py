@@ -1,6 +1,5 @@
 """`pact verify DIR`: was this result trained with the constraint, is it what its stamp says, how far did it move?"""
 
-import argparse
 import importlib
 import json
 import sys
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pact_tune.adapters import CONFIG, WEIGHTS, LoRASpec, check_fits, is_adapter, merged, read_adapter
+from pact_tune.arguments import Parser
 from pact_tune.conversations import Conversation, load_tokenizer
 from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         UserError: not what its stamp says; or, once the report is printed, trained without a constraint.
     """
-    parser = argparse.ArgumentParser(prog="pact verify", description=__doc__)
+    parser = Parser(prog="pact verify", description=__doc__)
     parser.add_argument("directory", type=Path, help="a result (epoch_N) or its adapter folder")
     parser.add_argument("--base", help="folder of the base model; default: the one that it was trained from")
     parser.add_argument("--data", help="rows to measure on, as in dataset.source; default: the training data")

@@ -19,6 +19,7 @@ from pact_tune.errors import UserError, one_line, unknown_key, unknown_name
 from pact_tune.files import atomic_file
 from pact_tune.torchtune.config import (
     EXPERIMENT_ROOT,
+    RECIPE,
     complete,
     compose,
     experiment_names,
@@ -28,7 +29,6 @@ from pact_tune.torchtune.config import (
     register_resolvers,
 )
 
-RECIPE = "pact_lora_finetune"
 INITIAL = "Initial"  # the aligned model before any training
 Named = Annotated[dict[str, Any], Field(min_length=1, description="a section of named sections")]
 Vars = Annotated[dict[str, Any], Field(description="a section of names and values")]

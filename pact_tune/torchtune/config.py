@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 import pact_tune.configs
 import pact_tune.demo
+from pact_tune.arguments import Parser
 from pact_tune.backbones import TRANSFORMERS
 from pact_tune.components import find_component
 from pact_tune.config import (
@@ -26,6 +27,7 @@ from pact_tune.config import (
 )
 from pact_tune.errors import UserError, unknown_key, unknown_name
 
+RECIPE = "pact_lora_finetune"
 CONFIG_ROOT = Path(pact_tune.configs.__file__).parent
 METHOD_ROOT = CONFIG_ROOT / "methods"
 EXPERIMENT_ROOT = CONFIG_ROOT / "experiments"  # files of `pact experiment`
@@ -290,15 +292,13 @@ def read_command_line(argv: Sequence[str]) -> DictConfig:
     Raises:
         UserError: anything that is wrong with it.
     """
-    parser = argparse.ArgumentParser(prog="tune run pact_lora_finetune", allow_abbrev=False)
+    parser = Parser(prog="tune run pact_lora_finetune", allow_abbrev=False)
     add_arguments(parser)
     parser.add_argument("--config", required=True, metavar="NAME", help="a name that `pact ls` lists, or a path")
     args, rest = parser.parse_known_args(list(argv))
-    if flags := [word for word in rest if word.startswith("-")]:
-        raise UserError(
-            f"Unknown option '{flags[0]}': the recipe takes --config, --method, key=value and ~key (options of torchrun "
-            "stand before the recipe's name)."
-        )
+    refuse_options(
+        rest, "the recipe takes --config, --method, key=value and ~key (options of torchrun stand before its name)"
+    )
     return complete(compose(args.config, args.method, args.overrides + rest))
 
 
@@ -307,7 +307,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", action="append", default=[], metavar="NAME", help="a method that `pact ls` lists, or a path"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any key; ~key removes one")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="any key; ~key removes one")
+
+
+def refuse_options(words: Sequence[str], takes: str) -> None:
+    """Raises UserError for an option among words that are to be overrides; ``takes`` says what there may be."""
+    if options := [word for word in words if word.startswith("-")]:
+        raise UserError(f"Unknown option '{options[0]}': {takes}.")
 
 
 # Checks ----------------------------------------------------------------------------------------------------------------
