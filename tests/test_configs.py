@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torchao.dtypes import nf4tensor
 from torchtune.models import gemma2, llama3_1, llama3_2, llama3_3, qwen2_5
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pact_tune import cli, hub
+from pact_tune import cli, hub, rows
 from pact_tune.families import network_of
 from pact_tune.memory import GIB
 from pact_tune.tools.configs import check, load, memory
@@ -37,6 +38,10 @@ BUILDERS = {
     "gemma2/9B": gemma2.gemma2_9b,
     "gemma2/27B": gemma2.gemma2_27b,
 }
+
+
+def text_of(name: str) -> str:
+    return find_config(name).read_text()
 
 
 def published_weights(config: dict) -> dict[str, torch.Tensor]:
@@ -132,6 +137,22 @@ def test_the_papers_settings_are_the_default_of_all_configs():
             assert (cfg.model.lora_rank, cfg.optimizer.lr, cfg.gradient_accumulation_steps) == (8, 3e-5, 1)
         for adapter in ("lora", "qlora"):
             assert f"{name.split('_pact')[0]}_pact_{adapter}" in NAMES
+
+
+def test_configs_and_readme_name_every_kind_of_file_that_is_read():
+    kinds = {kind[1:] for kind in rows._READERS} - {"txt"}  # whose lines are prompts
+    readme = (
+        (Path(__file__).parents[1] / "README.md").read_text().split("## Bring your own data\n\n")[1].split("\n\n")[0]
+    )
+    headers = {
+        text.split("# Data: ")[1].split("\ndataset:")[0]
+        for text in map(text_of, [*NAMES, *TRANSFORMERS])
+        if "# Data" in text
+    }
+    assert len(headers) == 1
+    for text in (readme, *headers):
+        assert kinds == set(re.findall("|".join(sorted(kinds, reverse=True)), text.lower())), text
+        assert "gz" in text and "folder" in text and "list" in text
 
 
 def test_pact_ls_cp_and_validate(tmp_path, capsys, monkeypatch):
