@@ -148,6 +148,14 @@ def check_subfolder(name: str) -> None:
         )
 
 
+def slug(name: str) -> str:
+    """A name as a folder's, without the characters that a shell or a file system takes for its own; may be empty.
+
+    What is such a name already stays as it is.
+    """
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
+
+
 def check_space(path: str | os.PathLike, needed: int, what: str = "What is to be written") -> None:
     """Raises UserError where a file system has too little room.
 

@@ -1,7 +1,6 @@
 """pact evaluate: answers of one or several models to benchmarks, judged; with several, a comparison page."""
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from pact_tune import cli
 from pact_tune.arguments import Parser
 from pact_tune.environment import install
 from pact_tune.errors import UserError
+from pact_tune.files import slug
 
 DEFAULT_BENCHMARKS = ["strongreject", "jailbreakbench", "harmbench", "xstest"]
 INITIAL = "Initial"
@@ -222,9 +222,8 @@ def _named(models: list[str]) -> dict[str, str]:
     named: dict[str, str] = {}
     for text in models:
         name, equals, source = text.partition("=")
-        if not equals or not re.fullmatch(r"[\w+][\w.+-]*", name):
-            source = text
-            name = re.sub(r"[^\w.+-]+", "-", text.rstrip("/")).strip("-.+") or "model"
+        if not (equals and name and name == slug(name)):
+            name, source = slug(text) or "model", text
         if name in named or name == INITIAL:
             raise UserError(
                 f"Two models are called '{name}': name them apart, as NAME=MODEL ('{INITIAL}' is the aligned model)."

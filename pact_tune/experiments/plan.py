@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pact_tune.config import Count, Fraction, Number, PathText, Seed, Text, check, defaults, refuse
 from pact_tune.errors import UserError, one_line, unknown_key, unknown_name
-from pact_tune.files import atomic_file
+from pact_tune.files import atomic_file, slug
 from pact_tune.torchtune.config import (
     EXPERIMENT_ROOT,
     RECIPE,
@@ -540,8 +540,3 @@ def split(text: str, key: str) -> list[str]:
 def word(key: str, value: Any) -> str:
     """An override of a key."""
     return f"{key}={'null' if value is None else value}"
-
-
-def slug(name: str) -> str:
-    """A name as a folder's."""
-    return re.sub(r"[^\w.+-]+", "-", name).strip("-.")

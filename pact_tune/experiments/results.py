@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from pact_tune.evaluation import figures, report
 from pact_tune.evaluation.report import Cell, Comparison
 from pact_tune.experiments import run
-from pact_tune.experiments.plan import INITIAL, Case, Experiment, slug
-from pact_tune.files import atomic_file
+from pact_tune.experiments.plan import INITIAL, Case, Experiment
+from pact_tune.files import atomic_file, slug
 
 RESULTS, TUNING_FILE = "results", "tuning.json"
 
