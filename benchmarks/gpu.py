@@ -289,29 +289,11 @@ def run_checks(table: Table, options: argparse.Namespace, deadline: float) -> No
 
 # Steps: who takes how long for one, and with how much memory -------------------------------------------------------------
 
-# What transformers calls the networks of benchmarks.step, for TRL.
-NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "Qwen2.5-7B": (
-        "Qwen2",
-        {
-            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-            "num_attention_heads": 28, "num_key_value_heads": 4,
-        },
-    ),
-    "Llama-3.1-8B": (
-        "Llama",
-        {
-            "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-            "num_attention_heads": 32, "num_key_value_heads": 8,
-        },
-    ),
-    "tiny": (
-        "Qwen2",
-        {
-            "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2,
-        },
-    ),
+# Sizes of benchmarks.step -> models of pact_tune.families, which says what transformers needs to know.
+PUBLISHED = {"Qwen2.5-7B": "qwen2.5-7b-instruct", "Llama-3.1-8B": "llama-3.1-8b-instruct"}
+TINY = {
+    "model_type": "qwen2", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
 EVERY = "every work"  # rows of all works, so that one network serves them all
 STEPS = {"matched": [0, 4], "AG News": [1, 5], "GSM8K": [2, 6]}  # row numbers of a step of each
@@ -323,11 +305,11 @@ def run_steps(table: Table, options: argparse.Namespace, deadline: float) -> Non
     """All contenders on all works at each size, one after the other, since at true size two do not fit a GPU."""
     from benchmarks import step
 
-    step.SIZES["tiny"] = step._qwen2(1000, 2, 4, 2, 64, 128)
+    step.SIZES["tiny"] = step.qwen2_like(TINY)
     step.WORKS[EVERY] = ([(128, 128), (95, 3), (70, 170), (60, 140)], None)
     step.WORKS[FILLED] = ([(52, 2)], 2)
     step.SHARED[FILLED] = 38  # as of SST-2's rows with Qwen2.5's tokenizer and template
-    for size in ("tiny",) if options.tiny else ("Qwen2.5-7B", "Llama-3.1-8B"):
+    for size in ("tiny",) if options.tiny else PUBLISHED:
         for contender in CONTENDERS:
             table.attempt(f"{size}, {contender}", deadline, partial(measure, table, size, contender, options))
             release(options.device)
@@ -400,12 +382,13 @@ def trl_step(cfg: Any, size: str) -> Callable[[list[int]], Any]:
     from trl import SFTConfig, SFTTrainer
 
     from benchmarks import step
+    from pact_tune.families import MODELS
     from pact_tune.hf.constraint import Constraint
 
-    kind, fields = NETWORKS[size]
-    network = getattr(transformers, f"{kind}Config")(**fields)
+    fields = dict(TINY if size == "tiny" else MODELS[PUBLISHED[size]].config)
+    network = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
     with torch.device(cfg.device), step.training.set_default_dtype(step.DTYPES[cfg.device][1]):
-        model = getattr(transformers, f"{kind}ForCausalLM")(network)
+        model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(network)](network)
     dataset = config.instantiate(cfg.dataset, None)
     settings: dict[str, Any] = {
         "per_device_train_batch_size": len(STEPS["matched"]), "use_cpu": cfg.device == "cpu", "bf16": cfg.device != "cpu",

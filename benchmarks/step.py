@@ -43,6 +43,7 @@ from benchmarks.published import PAD_TO, published_loss
 from pact_tune.conversations import Conversation, load_tokenizer, response_only_prefix, tokenizer_fingerprint
 from pact_tune.data import ChatDataset, Counts, chat_dataset
 from pact_tune.demo import demo_family_path
+from pact_tune.families import MODELS
 from pact_tune.losses import PACTConfig
 from pact_tune.objectives import Context, Objective, sft
 from pact_tune.reference.source import ReferenceSource
@@ -65,16 +66,26 @@ def _qwen2(vocab_size: int, layers: int, heads: int, kv_heads: int, width: int, 
     }  # fmt: skip
 
 
+def qwen2_like(network: Mapping[str, Any]) -> dict:
+    """A network of Qwen2's kind with the sizes that transformers' config.json says."""
+    keys = ("vocab_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
+    return _qwen2(*(network[key] for key in (*keys, "intermediate_size")))
+
+
 SIZES = {
     "demo": _qwen2(800, 4, 4, 4, 128, 384, tied=True),
     "7B-like": _qwen2(11264, 12, 12, 4, 768, 3200),  # head/trunk parameters as in Qwen2.5-7B: 0.08
     "152k": _qwen2(152064, 8, 8, 2, 512, 1408),
-    "Qwen2.5-7B": _qwen2(152064, 28, 28, 4, 3584, 18944),
+    "Qwen2.5-7B": qwen2_like(MODELS["qwen2.5-7b-instruct"].config),
     "Llama-3.1-8B": {"_component_": "torchtune.models.llama3_1.lora_llama3_1_8b"},
     "Llama-3.2-1B": {"_component_": "torchtune.models.llama3_2.lora_llama3_2_1b"},
     "Gemma-2-9B": {"_component_": "pact_tune.torchtune.from_checkpoint", "path": "gemma-2-9b-it"},
 }
-VOCABULARIES = {"Llama-3.1-8B": 128256, "Llama-3.2-1B": 128256, "Gemma-2-9B": 256000}
+VOCABULARIES = {  # of those whose section does not say it
+    "Llama-3.1-8B": MODELS["llama-3.1-8b-instruct"].config["vocab_size"],
+    "Llama-3.2-1B": MODELS["llama-3.2-1b-instruct"].config["vocab_size"],
+    "Gemma-2-9B": MODELS["gemma-2-9b-it"].config["vocab_size"],
+}
 # Tokens of (prompt, response), row after row, and how many different responses there are (None: all differ). GSM8K's
 # and AG News' are like those of the real data under a small vocabulary.
 WORKS: dict[str, tuple[list[tuple[int, int]], int | None]] = {
