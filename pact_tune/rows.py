@@ -74,7 +74,7 @@ def read_places(
             raise UserError(f"The source is {source!r}; it is a file, a folder, a data set's name, or a list of these.")
         return _read_several([(one, Path(one).name) for one in several], name, split, options)
     path = Path(source)
-    if path.is_file() or (_kind(path) in _READERS and not path.is_dir()):
+    if path.is_file() or (names_a_file(path) and not path.is_dir()):
         return _read_file(path, name, split)
     if path.is_dir() and name is None and split is None and (files := _plain_files(path)):
         return _read_several([(file, file.name) for file in files], None, None, None)
@@ -88,6 +88,11 @@ def _read_several(sources: list[tuple[str | Path, str]], *arguments: Any) -> lis
         for source, name in sources
         for place, row in read_places(source, *arguments)
     ]
+
+
+def names_a_file(source: str | Path) -> bool:
+    """Whether a source that is not there is a missing file, as its ending tells, and no name of the Hub's."""
+    return _kind(Path(source)) in _READERS
 
 
 def _plain_files(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import yaml
 
 from pact_tune import cli
 from pact_tune.errors import UserError
-from pact_tune.experiments import miss, plan, run
+from pact_tune.experiments import inputs, miss, plan, run
 from pact_tune.experiments.run import Numbers
 from pact_tune.tools.evaluate import _named
 from pact_tune.torchtune.config import experiment_names
@@ -123,6 +123,11 @@ def test_shipped_experiments(name):
     assert runs and len({one.name for one in runs}) == len(runs)
     budgets = {len(experiment.tuning_runs(method)) for method in experiment.methods if method.swept is None}
     assert len(budgets) == 1  # every method is tuned with the same effort
+    missing = inputs.missing(run.all_stages(experiment), runs)
+    if name.startswith(("demo", "smollm2")):
+        assert missing == []  # of the package, or made by a stage
+    elif not name.startswith("paper"):
+        assert "rows.jsonl (dataset.source)" in missing or "rows.jsonl (`pact audit`)" in missing
     for method in experiment.methods:
         assert _named([f"{method.folder}=x"]) == {method.folder: "x"}
 
@@ -226,6 +231,41 @@ def test_a_base_and_what_is_taken_away(tmp_path):
     (tmp_path / "fourth.yaml").write_text("base: tiny.yaml\nvars: {rows: 20}\n")
     fourth = plan.read(str(tmp_path / "fourth.yaml"))
     assert "dataset.n=20" in run.grid_runs(fourth, {})[0].train and fourth.stages[0].words == ("pact", "env")
+
+
+@pytest.mark.quick
+def test_what_is_missing_is_said_before_anything_is_run(tmp_path, monkeypatch, capsys):
+    """By the start, which refuses, and by --dry-run, which warns; what a stage makes is not missing after it."""
+    monkeypatch.chdir(tmp_path)
+    rows = ["dataset.source=rows.jsonl", "dataset.mix.source=out/made/poison.jsonl"]
+    guard = ["dataset.audit.file=out/audit.jsonl", "dataset.anchors.source=anchors.jsonl"]
+    stages = [
+        {
+            "run": "pact audit rows.jsonl out/made/poison.jsonl --aligned x --output out/audit.jsonl",
+            "makes": "out/audit.jsonl",
+        },
+        {"run": "pact rows sst2 --file train.tsv --output out/made/poison.jsonl", "makes": "out/made"},
+    ]
+    file = write(
+        tmp_path, overrides=[*rows, "checkpoint_dir=model"], stages=stages, tuning=..., methods={"guard": {"method": "guard", "overrides": guard}},
+        evaluate="--benchmarks harmful:own=asked.jsonl",
+    )  # fmt: skip
+    assert cli.main(["experiment", str(file), "--dry-run"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    said = (
+        "rows.jsonl (`pact audit`), out/made/poison.jsonl (`pact audit`), train.tsv (`pact rows`), asked.jsonl (`pact evaluate`), "
+        "model (checkpoint_dir), anchors.jsonl (dataset.anchors.source)"
+    )
+    assert last == f"# Warning: neither there nor made by a stage, so it would not start: {said}"
+    assert cli.main(["experiment", str(file)]) == 1
+    assert f"reads what is neither there nor made by one of its stages: {said}; correct" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    for name in ("rows.jsonl", "train.tsv", "asked.jsonl", "anchors.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "model").mkdir()
+    write(tmp_path, **yaml.safe_load(file.read_text()) | {"stages": stages[::-1]})  # made before it is read
+    assert cli.main(["experiment", str(file), "--dry-run"]) == 0
+    assert "Warning" not in capsys.readouterr().out
 
 
 @pytest.mark.quick

@@ -61,6 +61,13 @@ def main(argv: list[str] | None = None) -> int:
     experiment = plan.read(args.file)
     if args.dry_run:
         return _show(experiment)
+    if not (args.run or args.submit) and (
+        missing := _missing(experiment)
+    ):  # a queue's machines have files of their own
+        raise UserError(
+            f"'{experiment.file}' reads what is neither there nor made by one of its stages: {', '.join(missing)}; correct the "
+            "paths, or get it first."
+        )
     with _interruptible():
         if args.run:
             return _one(experiment, args.run)
@@ -97,6 +104,13 @@ def _parts(experiment: "Experiment") -> Iterator[tuple[str, list["Job"]]]:
     yield "Stages", run.stage_jobs(experiment)
     yield "Tuning", run.run_jobs(run.tuning_runs(experiment))
     yield "Runs", run.run_jobs(run.grid_runs(experiment, run.choose(experiment)))
+
+
+def _missing(experiment: "Experiment") -> list[str]:
+    """What is neither there nor made by a stage; the settings that tuning chooses name no files."""
+    from pact_tune.experiments import inputs, run
+
+    return inputs.missing(run.all_stages(experiment), [*run.tuning_runs(experiment), *run.grid_runs(experiment, {})])
 
 
 def _submit(experiment: "Experiment", args: argparse.Namespace) -> int:
@@ -169,6 +183,8 @@ def _show(experiment: "Experiment") -> int:
     if tuning and not chosen:
         print("# The runs will have the settings that tuning chooses as well.")
     print(f"# {len(stages)} stages, {len(tuning)} runs for tuning, {len(runs)} runs, all below {experiment.output}")
+    if missing := _missing(experiment):
+        print(f"# Warning: neither there nor made by a stage, so it would not start: {', '.join(missing)}")
     return 0
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from pact_tune.config import Count, Fraction, Number, PathText, Seed, Text, check, defaults, refuse
 from pact_tune.errors import UserError, one_line, unknown_key, unknown_name
+from pact_tune.experiments import inputs
 from pact_tune.files import atomic_file, slug
 from pact_tune.torchtune.config import (
     EXPERIMENT_ROOT,
@@ -222,6 +223,7 @@ class Run:
         result (Path): the last epoch's folder.
         evaluation (Path): the folder that holds summary.json.
         device (str): of the training.
+        reads (Mapping[str, str]): files and folders of this machine that its config names: path -> key.
     """
 
     name: str
@@ -232,6 +234,7 @@ class Run:
     result: Path
     evaluation: Path
     device: str
+    reads: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -339,6 +342,7 @@ class Experiment:
             result=result,
             evaluation=folder / "evaluation" / method.folder,
             device=cfg.device,
+            reads=_reads(case.config, method.overlays, overrides),
         )
 
     def grid(self) -> Iterator[tuple[Case, Method]]:
@@ -480,6 +484,13 @@ def _methods(name: str, item: dict[str, Any]) -> Iterator[Method]:
 def _checked(config: str, overlays: tuple[str, ...], overrides: tuple[str, ...]) -> DictConfig:
     """A run's config but for its seed and its folder."""
     return complete(_composed(config, overlays, overrides))
+
+
+@functools.cache
+def _reads(config: str, overlays: tuple[str, ...], overrides: tuple[str, ...]) -> dict[str, str]:
+    """See :attr:`Run.reads`; the same for all seeds."""
+    values: Any = OmegaConf.to_container(_checked(config, overlays, overrides), resolve=True)
+    return inputs.of_config(values)
 
 
 @functools.cache
