@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -188,3 +190,22 @@ def test_prebuilt_tokens_of_another_tokenizer_are_refused(tmp_path):
     tokenizer = load_tokenizer(str(tiny.tiny_tokenizer(tmp_path)))
     with pytest.raises(UserError, match="tokenizer"):
         SafetyTokens.load("qwen2.5/templates").check_tokenizer(tokenizer)
+
+
+def test_a_stage_that_is_stopped_with_the_command_saves_its_state():
+    """SIGTERM reaches the training that a stage is, and is waited for."""
+    stage = (
+        "import signal, sys, time\n"
+        "signal.signal(15, lambda *_: sys.exit(7))\n"
+        "print('at work', flush=True)\n"
+        "time.sleep(60)"
+    )
+    code = (
+        "import os, sys\n"
+        "from pact_tune.smollm2.prepare import call\n"
+        f"sys.exit(call([sys.executable, '-c', {stage!r}], dict(os.environ)))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "at work\n"
+        process.terminate()
+        assert process.wait() == 7

@@ -7,11 +7,12 @@ where it stopped. Alignment and identification go through the same commands that
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,5 +254,28 @@ def _run(*arguments: object) -> None:
     logger.info("$ pact %s", " ".join(words))
     # On so small a model two threads gain little, and wait for each other on a busy machine.
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
-    if subprocess.run([sys.executable, "-m", "pact_tune.cli", *words], env=environment).returncode:
+    if call([sys.executable, "-m", "pact_tune.cli", *words], environment):
         raise UserError(f"The preparation stopped because `pact {' '.join(words[:2])}` failed (see above).")
+
+
+def call(command: list[str], environment: dict[str, str]) -> int:
+    """Runs a command to its end, also when this process is asked to stop: the command saves its state and stops by itself.
+
+    Args:
+        command (list[str]): its words.
+        environment (dict[str, str]): of the command.
+
+    Returns:
+        int: its exit code.
+    """
+    with subprocess.Popen(command, env=environment) as process:
+        handlers: dict[int, Callable[[int, Any], None]] = {
+            signal.SIGINT: lambda number, frame: None,  # a terminal sends it to the command as well
+            signal.SIGTERM: lambda number, frame: process.send_signal(number),
+        }
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            return process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
