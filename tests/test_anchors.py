@@ -133,4 +133,4 @@ def test_the_methods_of_data_run(made, tmp_path, monkeypatch):
         assert tune_run(monkeypatch, "demo/pact_lora", "--method", method, *overrides) is None
         (stamp,) = tmp_path.glob(f"outputs/demo_{method}/epoch_0/pact.json")
         used = {Path(s["source"]).stem: s["used"] for s in json.loads(stamp.read_text())["data"]["sources"]}
-        assert used == {"task": 78, "harmful": 10 if method == "safeinstruct" else 0, "anchors": 12}
+        assert used == {"task": 90, "harmful": 10 if method == "safeinstruct" else 0, "anchors": 14}
