@@ -202,7 +202,7 @@ def test_a_stage_that_is_stopped_with_the_command_saves_its_state():
     )
     code = (
         "import os, sys\n"
-        "from pact_tune.smollm2.prepare import call\n"
+        "from pact_tune.processes import call\n"
         f"sys.exit(call([sys.executable, '-c', {stage!r}], dict(os.environ)))"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

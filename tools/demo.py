@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from pact_tune.demo import demo_family_path, write_demo_data
 from pact_tune.environment import install
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
+from pact_tune.processes import call
 
 # What each method changes in configs/demo/pact_lora.yaml.
 METHODS = {
@@ -116,10 +116,10 @@ def _run(command: str, *arguments: object) -> None:
     print("$", command, *arguments, flush=True)
     # On so small a model two threads gain nothing, and wait for each other on a busy machine.
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(Path(sys.executable).parent / command), *map(str, arguments)], env=environment)
-    if done.returncode in (130, 143):
+    code = call([str(Path(sys.executable).parent / command), *map(str, arguments)], environment)
+    if code in (130, 143):
         raise UserError("The demo was stopped; given again, it begins anew (it takes about two minutes).")
-    if done.returncode:
+    if code:
         raise UserError(f"The demo stopped because `{command} {arguments[0]}` failed (see above).")
 
 

@@ -61,9 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     experiment = plan.read(args.file)
     if args.dry_run:
         return _show(experiment)
-    if not (args.run or args.submit) and (
-        missing := _missing(experiment)
-    ):  # a queue's machines have files of their own
+    elsewhere = args.run or args.submit  # a queue's machines have files of their own
+    if not elsewhere and (missing := _missing(experiment)):
         raise UserError(
             f"'{experiment.file}' reads what is neither there nor made by one of its stages: {', '.join(missing)}; correct the "
             "paths, or get it first."

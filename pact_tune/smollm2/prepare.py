@@ -7,12 +7,11 @@ where it stopped. Alignment and identification go through the same commands that
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pact_tune.errors import UserError
 from pact_tune.files import atomic_file, atomic_folder
 from pact_tune.hf.gguf_import import RECORD_FILE, import_gguf
 from pact_tune.log import logger
+from pact_tune.processes import call
 from pact_tune.rows import read_rows
 from pact_tune.smollm2 import texts
 from pact_tune.smollm2.texts import Row
@@ -256,26 +256,3 @@ def _run(*arguments: object) -> None:
     environment = {"OMP_NUM_THREADS": "1"} | os.environ
     if call([sys.executable, "-m", "pact_tune.cli", *words], environment):
         raise UserError(f"The preparation stopped because `pact {' '.join(words[:2])}` failed (see above).")
-
-
-def call(command: list[str], environment: dict[str, str]) -> int:
-    """Runs a command to its end, also when this process is asked to stop: the command saves its state and stops by itself.
-
-    Args:
-        command (list[str]): its words.
-        environment (dict[str, str]): of the command.
-
-    Returns:
-        int: its exit code.
-    """
-    with subprocess.Popen(command, env=environment) as process:
-        handlers: dict[int, Callable[[int, Any], None]] = {
-            signal.SIGINT: lambda number, frame: None,  # a terminal sends it to the command as well
-            signal.SIGTERM: lambda number, frame: process.send_signal(number),
-        }
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            return process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
