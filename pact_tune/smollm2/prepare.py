@@ -173,7 +173,7 @@ def write_data(folder: Path, *, real: Path | None = None, quick: bool = False, s
         quick (bool): fewer rows.
         seed (int): of every draw.
     """
-    train, poison, test, held_out, anchors = (180, 20, 60, 40, 15) if quick else (450, 50, 300, 250, 35)
+    train, poison, test, held_out, anchors = (180, 45, 60, 40, 15) if quick else (450, 50, 150, 100, 35)
     rows: dict[str, list[Any]] = {
         "alignment": texts.alignment_rows(),
         "identification": _prompts(texts.harmful_requests()),
