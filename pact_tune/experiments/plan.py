@@ -378,7 +378,7 @@ def read(name: str) -> Experiment:
     for key in ("methods", "cases"):  # null takes away what the base names
         if isinstance(values.get(key), dict):
             values[key] = {name: item for name, item in values[key].items() if item is not None}
-    refuse(_problems(values) or _unused(whole))
+    refuse(_problems(values) or _unused(file, whole))
     values = defaults(ExperimentSettings) | values
     if values["tuning"] is not None:
         values["tuning"] = defaults(TuningSettings) | values["tuning"]
@@ -427,10 +427,10 @@ def _problems(values: dict[str, Any]) -> list[str]:
     return problems or _contradictions(values)
 
 
-def _unused(whole: DictConfig) -> list[str]:
-    """A name in ``vars`` that no key takes is a slip of one that some key does."""
+def _unused(file: Path, whole: DictConfig) -> list[str]:
+    """A name in a file's own ``vars`` that no key takes is a slip of one that some key does."""
     text = OmegaConf.to_yaml(whole)
-    names = [str(name) for name in whole.get("vars") or ()]
+    names = [str(name) for name in read_yaml(file).get("vars") or ()]
     return [
         f"vars.{name} is used nowhere: write ${{vars.{name}}} in another key, or remove it."
         for name in names
