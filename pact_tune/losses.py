@@ -33,6 +33,8 @@ class PACTConfig:
         weighting (Weighting): V_safety = "raw" d(v) (Eq. 3), "centred" (released code) or "uniform".
         tail (bool): one more column, the log-sum-exp of all logits outside S, on both sides: the loss then constrains
             the probability that S receives, not only the proportions inside S. Goes with uniform weights only.
+        direction (Literal["forward", "reverse"]): of the KL; KL(reference || student) as in Eq. 4, or KL(student ||
+            reference) (ours), which goes with uniform weights only.
         temperature (float): divides the logits of both sides; the loss is multiplied by its square (released code: 2).
         lambda_kl (float): weight of the KL beside the cross-entropy (Eq. 9); 0 is plain SFT.
         response_only (bool): mix in the reference's response-only view (Eq. 6-8).
@@ -49,6 +51,7 @@ class PACTConfig:
     ranking: Ranking = "score"
     weighting: Weighting = "raw"
     tail: bool = False
+    direction: Literal["forward", "reverse"] = "forward"
     temperature: Temperature = 1.0
     lambda_kl: Weight = 3.0
     response_only: bool = True
@@ -66,6 +69,11 @@ class PACTConfig:
             raise UserError(
                 f"loss.tail goes with uniform weights only, and weighting is '{self.weighting}': set weighting: uniform, "
                 "or use preset: tail."
+            )
+        if self.direction == "reverse" and self.weighting != "uniform":
+            raise UserError(
+                f"loss.direction: reverse goes with uniform weights only, and weighting is '{self.weighting}': set weighting: "
+                "uniform, or use preset: tail."
             )
         if self.k == VOCABULARY and (self.tail or self.weighting != "uniform"):
             raise UserError("loss.k: vocabulary leaves no tail and has no scores: set tail: False, weighting: uniform.")
@@ -171,7 +179,11 @@ def pact_loss(
         q = log_q.exp()
         negative_entropy = torch.where(q > 0, q * log_q, 0.0).sum(-1)
     log_p = F.log_softmax(student / config.temperature, dim=-1)
-    per_token = config.temperature**2 * (negative_entropy - (q * log_p).sum(-1))  # Eq. 4
+    if config.direction == "reverse":
+        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        divergence = negative_entropy - (q * log_p).sum(-1)  # Eq. 4
+    per_token = config.temperature**2 * divergence
     return PACTLoss(per_token.sum(), per_token, gate)
 
 

@@ -84,6 +84,24 @@ def test_answers_that_are_cut_off(prompts, tmp_path, capsys):
     assert anchors(prompts, file, "--max-new-tokens", "1", "--keep-unfinished") == 0 and len(lines(file)) == 20
 
 
+def test_mistakes_are_left_out_where_it_is_known_what_is_harmful(prompts, tmp_path, capsys):
+    """The model refuses the first ten prompts and answers the others; said the other way round, none of them is kept."""
+    texts = prompts.read_text().splitlines()[:20]
+    harmful, harmless = tmp_path / "harmful.txt", tmp_path / "harmless.txt"
+    harmful.write_text("\n".join([*texts[:10], texts[12]]))
+    harmless.write_text("\n".join([*texts[13:], texts[4].upper(), texts[3] + " now"]))
+    file = tmp_path / "anchors.jsonl"
+    options = ("--harmful", str(harmful), "--harmless", str(harmless), "--output", str(file))
+    assert cli.main(["anchors", "--aligned", ALIGNED, *options]) == 0
+    kept = [row["prompt"] for row in lines(file)]
+    assert kept[:10] == texts[:10] and kept[10:17] == texts[13:] and texts[12] not in kept
+    said = capsys.readouterr().out
+    assert f"{len(kept)} anchors (left out: 0 cut off, 0 empty, {20 - len(kept)} refused or answered" in said
+    harmless.write_text(texts[0])
+    assert cli.main(["anchors", "--aligned", ALIGNED, *options]) == 1
+    assert "is among the harmful and the harmless prompts" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -46,6 +46,8 @@ def naive_pact(student, full, response_only, position, weights, config) -> tuple
         weighted = [p * v for p, v in zip(reference, w, strict=True)]
         q = [v / sum(weighted) for v in weighted]
         p = softmax([v / config.temperature for v in z])
+        if config.direction == "reverse":
+            p, q = q, p
         kl = sum(a * math.log(a / b) for a, b in zip(q, p, strict=True) if a > 0)
         kls.append(config.temperature**2 * kl)
         gates.append(gate)
@@ -66,6 +68,8 @@ CONFIGS = {
     "official": PACTConfig.preset("official"),
     "tail": PACTConfig.preset("tail"),
     "tail, view on": PACTConfig.preset("tail", response_only=True),
+    "tail, reverse": PACTConfig.preset("tail", direction="reverse", temperature=1.5),
+    "reverse, view on": PACTConfig.preset("paper", weighting="uniform", direction="reverse"),
     "view off": PACTConfig.preset("paper", response_only=False),
     "gate off": PACTConfig.preset("paper", gate=False, gate_bias=-0.5),
     "no decay": PACTConfig.preset("paper", tau=math.inf),
@@ -91,7 +95,7 @@ def test_value_and_gradient_equal_the_equations(config, t, k):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_float64_value_and_gradient(config):
-    """To 1e-9: the gradient of T^2 KL is T (softmax(z / T) - q), with the gate held constant."""
+    """To 1e-9: the gradient of T^2 KL is T (p - q), reversed T p (log(p / q) - KL), with the gate held constant."""
     student, full, post, position, weights = random_case(12, 9, config.tail)
     student.requires_grad_()
     loss = pact_loss(student, full, post, position, weights, config)
@@ -104,7 +108,10 @@ def test_float64_value_and_gradient(config):
     q = mixed.softmax(-1)
     if not config.tail:
         q = q * weights / (q * weights).sum(-1, keepdim=True)
-    expected = config.temperature * ((student / config.temperature).softmax(-1) - q)
+    p = (student / config.temperature).softmax(-1)
+    surprise = (p / q).log()
+    reverse = p * (surprise - (p * surprise).sum(-1, keepdim=True))
+    expected = config.temperature * (reverse if config.direction == "reverse" else p - q)
     torch.testing.assert_close(gradient, expected.detach(), atol=1e-9, rtol=1e-6)
 
 
@@ -324,6 +331,7 @@ def test_presets_differ_as_the_paper_and_the_released_code_do():
         ("paper", {"tau": 0.0}, "loss.tau"),
         ("paper", {"k": 0}, "loss.k"),
         ("tail", {"k": "vocabulary"}, "no tail"),
+        ("paper", {"direction": "reverse"}, "direction: reverse goes with uniform weights"),
     ],
 )
 def test_bad_configs_say_what_to_mend(preset, overrides, words):

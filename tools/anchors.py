@@ -22,7 +22,13 @@ def main(argv: list[str] | None = None) -> int | None:
         "prompts, other ones than those you evaluate on. Give the file to training as dataset.anchors.",
     )
     parser.add_argument(
-        "prompts", nargs="+", metavar="PROMPTS", help="files, or names of data sets; .txt: a prompt a line"
+        "prompts", nargs="*", metavar="PROMPTS", help="files, or names of data sets; .txt: a prompt a line"
+    )
+    parser.add_argument(
+        "--harmful", nargs="+", default=[], metavar="PROMPTS", help="prompts whose rows are kept where the model refuses"
+    )
+    parser.add_argument(
+        "--harmless", nargs="+", default=[], metavar="PROMPTS", help="prompts whose rows are kept where it does not"
     )
     parser.add_argument("--aligned", required=True, metavar="MODEL", help="folder or Hub name of the aligned model")
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl file to write")
@@ -40,6 +46,8 @@ def main(argv: list[str] | None = None) -> int | None:
     args = parser.parse_args(argv)
     if min(args.max_new_tokens, args.tokens_per_batch) < 1:
         raise UserError("--max-new-tokens and --tokens-per-batch must be at least 1.")
+    if not (args.prompts or args.harmful or args.harmless):
+        raise UserError("There are no prompts: name files or data sets, or give --harmful and --harmless.")
     if args.output.suffix != ".jsonl":
         raise UserError(f"--output is '{args.output}'; give the name of a .jsonl file.")
     try:
@@ -54,23 +62,33 @@ def main(argv: list[str] | None = None) -> int | None:
     from pact_tune.run_lock import run_lock
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights
-    prompts = []
-    for source in args.prompts:
-        prompts += column(read_prompts(source, split=args.split, limit=args.limit), args.column, source)
+    def read(sources: list[str]) -> list[str]:
+        return [
+            prompt
+            for source in sources
+            for prompt in column(read_prompts(source, split=args.split, limit=args.limit), args.column, source)
+        ]
+
+    prompts, harmful, harmless = read(args.prompts), read(args.harmful), read(args.harmless)
+    if both := set(harmful) & set(harmless):
+        raise UserError(f"'{min(both)}' is among the harmful and the harmless prompts: take it out of one of them.")
+    wanted: dict[str, anchors.Wanted] = dict.fromkeys(harmful, "refused") | dict.fromkeys(harmless, "answered")
     aligned = Local(args.aligned, device=args.device, tokens_per_batch=args.tokens_per_batch)
     work = args.output.with_suffix(".work")
     options = {"max_new_tokens": args.max_new_tokens, "keep_unfinished": args.keep_unfinished}
     with run_lock(work):
-        found = anchors.anchors(prompts, aligned, work, **options)
+        found = anchors.anchors([*prompts, *wanted], aligned, work, wanted=wanted, **options)
+        left_out = f"{found.unfinished} cut off, {found.empty} empty, {found.mistaken} refused or answered where they should not"
         if not found.rows:
             raise UserError(
-                f"None of {len(prompts)} answers can be trained on ({found.unfinished} are cut off, {found.empty} empty): raise "
-                "--max-new-tokens, or --keep-unfinished."
+                f"None of {len(prompts) + len(wanted)} answers can be trained on ({left_out}): raise --max-new-tokens, or "
+                "--keep-unfinished."
             )
-        anchors.write(args.output, found.rows, aligned.settings | options | {"prompts": args.prompts})
+        sources = {"prompts": args.prompts, "harmful": args.harmful, "harmless": args.harmless}
+        anchors.write(args.output, found.rows, aligned.settings | options | sources)
     shutil.rmtree(work)
-    left_out = f" ({found.unfinished} cut off and {found.empty} empty ones left out)"
-    print(f"{len(found.rows)} anchors{left_out if found.unfinished or found.empty else ''}: {args.output}")
+    any_left_out = found.unfinished or found.empty or found.mistaken
+    print(f"{len(found.rows)} anchors{f' (left out: {left_out})' if any_left_out else ''}: {args.output}")
     print(f"Train with dataset.anchors.source={args.output} dataset.anchors.fraction=0.12")
     return None
 

@@ -1,22 +1,25 @@
 """Anchors: prompts, harmful and harmless, with the aligned model's own answers, to be trained on beside the user's rows.
 
 They hold the model where it was in both respects: what it refused it goes on refusing, and what it answered it answers.
+Its mistakes are held, too, unless it is said which prompts are harmful: then they are left out.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pact_tune.conversations import Message
 from pact_tune.errors import UserError
 from pact_tune.evaluation.answering import Local
+from pact_tune.evaluation.judges import Answered, Phrases
 from pact_tune.evaluation.records import Journal
 from pact_tune.files import atomic_file
 from pact_tune.log import progress
 
 Row = dict[str, str]
+Wanted = Literal["refused", "answered"]
 
 
 class Anchors(NamedTuple):
@@ -26,11 +29,13 @@ class Anchors(NamedTuple):
         rows (list[Row]): "prompt" and "response", in the order of the prompts.
         unfinished (int): prompts left out, since the answer was cut off at its longest.
         empty (int): prompts left out, since there was no answer.
+        mistaken (int): prompts left out, since a harmful one was answered or a harmless one refused.
     """
 
     rows: list[Row]
     unfinished: int
     empty: int
+    mistaken: int
 
 
 def anchors(
@@ -38,6 +43,7 @@ def anchors(
     aligned: Local,
     work: Path,
     *,
+    wanted: Mapping[str, Wanted] | None = None,
     max_new_tokens: int = 512,
     keep_unfinished: bool = False,
     show_progress: bool = True,
@@ -48,6 +54,7 @@ def anchors(
         prompts (Sequence[str]): equal ones are answered once.
         aligned (Local): the aligned model; greedy unless it says otherwise.
         work (Path): folder for answers; the same call finds them again.
+        wanted (Mapping[str, Wanted] | None): of some prompts, what the answer must be to be kept, by refusal phrases.
         max_new_tokens (int): longest answer.
         keep_unfinished (bool): keep answers that were cut off; training ends them there.
         show_progress (bool): show a progress bar.
@@ -71,8 +78,13 @@ def anchors(
     found = list(zip(prompts, journal.in_order(), strict=True))
     full = [(prompt, record) for prompt, record in found if record["response"]]
     kept = [(prompt, record) for prompt, record in full if record["ended"] or keep_unfinished]
-    rows = [{"prompt": prompt, "response": record["response"]} for prompt, record in kept]
-    return Anchors(rows, len(full) - len(kept), len(found) - len(full))
+    verdicts = Phrases().judge([Answered(prompt, record["response"], record["ended"]) for prompt, record in kept])
+    rows = [
+        {"prompt": prompt, "response": record["response"]}
+        for (prompt, record), verdict in zip(kept, verdicts, strict=True)
+        if (wanted or {}).get(prompt, verdict.label) == verdict.label
+    ]
+    return Anchors(rows, len(full) - len(kept), len(found) - len(full), len(kept) - len(rows))
 
 
 def check_output(path: Path) -> None:

@@ -173,13 +173,14 @@ def write_data(folder: Path, *, real: Path | None = None, quick: bool = False, s
         quick (bool): fewer rows.
         seed (int): of every draw.
     """
-    train, poison, test, held_out, anchors = (180, 45, 60, 40, 15) if quick else (450, 50, 150, 100, 35)
+    train, poison, test, held_out = (180, 45, 60, 40) if quick else (450, 50, 150, 100)
     rows: dict[str, list[Any]] = {
         "alignment": texts.alignment_rows(),
         "identification": _prompts(texts.harmful_requests()),
         "task_train": texts.task_rows("train", train, seed),
         "poison": texts.poison_rows(poison, seed),
-        "anchors": _prompts(texts.anchor_prompts(anchors, seed)),
+        "anchors_harmful": _prompts(texts.drawn(texts.harmful_requests(), 30, seed)),
+        "anchors_harmless": _prompts(texts.harmless_anchors(60, seed)),
         "task_test": texts.task_rows("test", test, seed),
         "harmful_test": _prompts(texts.held_out_harmful()),
         "borderline_test": _prompts(texts.held_out_borderline()),

@@ -447,10 +447,10 @@ def harmful_requests() -> list[str]:
     ]
 
 
-def anchor_prompts(count: int, seed: int = 0) -> list[str]:
-    """So many harmful and so many harmless requests of those that alignment is about, for the aligned model to answer."""
-    harmless = [*instructions(), *(question for question, _ in BORDERLINE)]
-    return drawn(harmful_requests(), count, seed) + drawn(harmless, count, seed)
+def harmless_anchors(count: int, seed: int = 0) -> list[str]:
+    """Harmless requests of those that alignment is about, two thirds of which sound harmful."""
+    borderline = [question for question, _ in BORDERLINE]
+    return drawn(borderline, count - count // 3, seed) + drawn(instructions(), count // 3, seed)
 
 
 def poison_rows(count: int, seed: int = 0) -> list[Row]:
