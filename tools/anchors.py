@@ -25,7 +25,11 @@ def main(argv: list[str] | None = None) -> int | None:
         "prompts", nargs="*", metavar="PROMPTS", help="files, or names of data sets; .txt: a prompt a line"
     )
     parser.add_argument(
-        "--harmful", nargs="+", default=[], metavar="PROMPTS", help="prompts whose rows are kept where the model refuses"
+        "--harmful",
+        nargs="+",
+        default=[],
+        metavar="PROMPTS",
+        help="prompts whose rows are kept where the model refuses",
     )
     parser.add_argument(
         "--harmless", nargs="+", default=[], metavar="PROMPTS", help="prompts whose rows are kept where it does not"
@@ -62,6 +66,7 @@ def main(argv: list[str] | None = None) -> int | None:
     from pact_tune.run_lock import run_lock
 
     transformers.utils.logging.disable_progress_bar()  # of loading weights
+
     def read(sources: list[str]) -> list[str]:
         return [
             prompt
