@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int | None:
     prompts, harmful, harmless = read(args.prompts), read(args.harmful), read(args.harmless)
     if both := set(harmful) & set(harmless):
         raise UserError(f"'{min(both)}' is among the harmful and the harmless prompts: take it out of one of them.")
-    wanted: dict[str, anchors.Wanted] = dict.fromkeys(harmful, "refused") | dict.fromkeys(harmless, "answered")
+    wanted: dict[str, anchors.Wanted] = {prompt: "refused" for prompt in harmful}
+    wanted |= {prompt: "answered" for prompt in harmless}
     aligned = Local(args.aligned, device=args.device, tokens_per_batch=args.tokens_per_batch)
     work = args.output.with_suffix(".work")
     options = {"max_new_tokens": args.max_new_tokens, "keep_unfinished": args.keep_unfinished}
