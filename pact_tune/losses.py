@@ -65,16 +65,12 @@ class PACTConfig:
 
     def __post_init__(self) -> None:
         refuse(check(PACTConfig, dataclasses.asdict(self), "loss"))
-        if self.tail and self.weighting != "uniform":
-            raise UserError(
-                f"loss.tail goes with uniform weights only, and weighting is '{self.weighting}': set weighting: uniform, "
-                "or use preset: tail."
-            )
-        if self.direction == "reverse" and self.weighting != "uniform":
-            raise UserError(
-                f"loss.direction: reverse goes with uniform weights only, and weighting is '{self.weighting}': set weighting: "
-                "uniform, or use preset: tail."
-            )
+        for key, chosen in {"loss.tail": self.tail, "loss.direction: reverse": self.direction == "reverse"}.items():
+            if chosen and self.weighting != "uniform":
+                raise UserError(
+                    f"{key} goes with uniform weights only, and weighting is '{self.weighting}': set weighting: uniform, "
+                    "or use preset: tail."
+                )
         if self.k == VOCABULARY and (self.tail or self.weighting != "uniform"):
             raise UserError("loss.k: vocabulary leaves no tail and has no scores: set tail: False, weighting: uniform.")
 
@@ -177,11 +173,11 @@ def pact_loss(
             target = target + weights.to(target.dtype).log()  # Eq. 3; a weight of 0 gives -inf, that is probability 0
         log_q = F.log_softmax(target, dim=-1)
         q = log_q.exp()
-        negative_entropy = torch.where(q > 0, q * log_q, 0.0).sum(-1)
     log_p = F.log_softmax(student / config.temperature, dim=-1)
     if config.direction == "reverse":
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        divergence = token_kl(log_p, log_q)
     else:
+        negative_entropy = torch.where(q > 0, q * log_q, 0.0).sum(-1)
         divergence = negative_entropy - (q * log_p).sum(-1)  # Eq. 4
     per_token = config.temperature**2 * divergence
     return PACTLoss(per_token.sum(), per_token, gate)
@@ -242,6 +238,19 @@ def _in_space(columns: torch.Tensor, space: StrSpace) -> torch.Tensor:
     return columns - columns.mean(-1, keepdim=True) if space == "centered" else columns
 
 
+def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """KL(reference || other) at each position, from log-probabilities.
+
+    Args:
+        reference (torch.Tensor): ``[..., V]``.
+        other (torch.Tensor): ``[..., V]``.
+
+    Returns:
+        torch.Tensor: ``[...]``, in nats.
+    """
+    return (reference.exp() * (reference - other)).sum(-1)
+
+
 def kl_divergence(student: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """KL(reference || student) of two categorical distributions; no gradient flows into the reference.
 
@@ -254,7 +263,7 @@ def kl_divergence(student: torch.Tensor, reference: torch.Tensor) -> torch.Tenso
     """
     log_p = at_least_float32(student).log_softmax(-1)
     log_q = reference.detach().to(log_p.dtype).log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+    return token_kl(log_q, log_p)
 
 
 def probability_weighted_loss(label_logprobs: torch.Tensor) -> torch.Tensor:

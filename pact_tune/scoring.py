@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from pact_tune.batching import Batch, batches_by_prefix, collate, shared_prefix
 from pact_tune.conversations import Conversation
 from pact_tune.hf.prefix import find_longest_shared, inputs_of
+from pact_tune.losses import token_kl
 
 # A prompt and a response of at least one token, as token ids.
 Pair = tuple[list[int], list[int]]
@@ -137,19 +138,6 @@ def token_logprobs(model: PreTrainedModel, pairs: Sequence[Pair], tokens_per_bat
             start += len(logits)
         found |= zip(batch, torch.cat(parts).split([len(pairs[i][1]) for i in batch]), strict=True)
     return [found[i] for i in range(len(pairs))]
-
-
-def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(reference || other) at each position, from log-probabilities.
-
-    Args:
-        reference (torch.Tensor): ``[..., V]``.
-        other (torch.Tensor): ``[..., V]``.
-
-    Returns:
-        torch.Tensor: ``[...]``, in nats.
-    """
-    return (reference.exp() * (reference - other)).sum(-1)
 
 
 @dataclass(frozen=True)

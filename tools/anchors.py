@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> int | None:
         left_out = f"{found.unfinished} cut off, {found.empty} empty, {found.mistaken} refused or answered where they should not"
         if not found.rows:
             raise UserError(
-                f"None of {len(prompts) + len(wanted)} answers can be trained on ({left_out}): raise --max-new-tokens, or "
-                "--keep-unfinished."
+                f"None of {len(prompts) + len(wanted)} answers can be trained on ({left_out}): raise --max-new-tokens, "
+                "--keep-unfinished, or take other prompts."
             )
         sources = {"prompts": args.prompts, "harmful": args.harmful, "harmless": args.harmless}
         anchors.write(args.output, found.rows, aligned.settings | options | sources)

@@ -17,7 +17,8 @@ from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
 from pact_tune.fingerprints import fingerprint
 from pact_tune.log import progress
-from pact_tune.scoring import mean_by_range, response_logprobs, token_kl
+from pact_tune.losses import token_kl
+from pact_tune.scoring import mean_by_range, response_logprobs
 from pact_tune.stamp import check_files, read_stamp
 from pact_tune.weights import ModelFolder, through_nf4
 
