@@ -74,13 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     log.setup()
     group = argv[:1] in (["tokens"], ["cache"], ["smollm2"])
-    if argv[group:] in ([], ["-h"], ["--help"]):
-        print(_usage())
-        return 0
-    if argv == ["--version"]:
-        print(__version__)
-        return 0
     try:
+        if argv[group:] in ([], ["-h"], ["--help"]):
+            print(_usage())
+            return 0
+        if argv == ["--version"]:
+            print(__version__)
+            return 0
         words = _command(argv[: 1 + group])
         # A module that serves several commands is told which one.
         told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1, "smollm2": 1}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pact_tune.batching import Batch, batches_by_prefix, collate, shared_prefix
 from pact_tune.conversations import Conversation
-from pact_tune.hf.prefix import find_longest_shared, inputs_of
+from pact_tune.hf.prefix import below_head, find_longest_shared, inputs_of
 from pact_tune.losses import token_kl
 
 # A prompt and a response of at least one token, as token ids.
@@ -70,7 +70,7 @@ def _trunk(model: PreTrainedModel, batch: Batch) -> tuple[Any, torch.Tensor]:
     """What the model below its head gives for a batch, and of that the hidden states at response positions, ``[T, H]``."""
     batch = batch.to(model.device)
     with inputs_of(model, batch) as inputs:
-        output = model.get_decoder()(**inputs, use_cache=False)
+        output = below_head(model, model.get_decoder())(**inputs, use_cache=False)
     hidden = output.last_hidden_state
     return output, hidden.flatten(0, 1).index_select(0, batch.index.to(hidden.device))  # a device map ends elsewhere
 
@@ -84,7 +84,7 @@ def _longest_shared(model: PreTrainedModel) -> int:
 
 def _logits(model: PreTrainedModel, output: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[n, V]`` of hidden rows ``[n, H]`` as the model itself makes them (soft-cap, scale and all)."""
-    body: Any = model.get_decoder()  # not base_model, which OPT's head does not call
+    body = below_head(model, model.get_decoder())  # not base_model, which OPT's head does not call
     rows = copy.copy(output)
     rows.last_hidden_state = hidden[None]
     before = body.__dict__.get("forward")  # accelerate puts its own there

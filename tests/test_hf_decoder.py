@@ -40,6 +40,7 @@ ARCHITECTURES = {
     "cohere2": {"logit_scale": 0.25, **WINDOW},
     "granite": {"logits_scaling": 3.0},
     "smollm3": {},
+    "llama4_text": {"intermediate_size_mlp": 32, "num_local_experts": 2, "attention_chunk_size": 8, "head_dim": 8},
 }
 IDS = torch.tensor([3, 5, 11, 20])
 WEIGHTS = torch.ones(4)

@@ -44,7 +44,7 @@ def replace_model(folder: Path, architecture: str) -> None:
     old = json.loads((folder / "config.json").read_text())
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "max_position_embeddings", "initializer_range", "eos_token_id", "pad_token_id")  # fmt: skip
-    config = AutoConfig.for_model(architecture, **{key: old[key] for key in sizes}, **KINDS.get(architecture, {}))
+    config = AutoConfig.for_model(architecture, **{key: old[key] for key in sizes} | KINDS.get(architecture, {}))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 

@@ -109,3 +109,13 @@ def test_one_of_several_processes_leaves_a_user_error_to_torchruns_report(tmp_pa
         cli.main(["tokens", "show", f"{tmp_path}/absent"])
     assert "is neither a folder" in json.loads(file.read_text())["message"]["message"]
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["ls"], ["ls", "--help"]])
+def test_a_reader_that_has_read_enough_is_no_fault(words):
+    command = subprocess.Popen(
+        [sys.executable, "-m", "pact_tune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert command.stdout and command.stderr
+    command.stdout.close()
+    assert (command.stderr.read(), command.wait()) == ("", 0)

@@ -50,14 +50,15 @@ def test_batches_and_chunks_change_no_score(pair, monkeypatch):
 INSTRUCTIONS = [list(range(20, 40)), list(range(50, 75))]
 # How many tokens the first instruction's rows take: less than 24 + 23 + 24 where a model may share. Gemma 2's caps need
 # eager attention, and Mistral's window is shorter than these rows; OPT's head does not call what it calls its base model.
-TOKENS = {"llama": 31, "qwen2": 31, "gemma3_text": 31, "opt": 31, "gemma2": 72, "mistral": 72}
+TOKENS = {"llama": 31, "qwen2": 31, "gemma3_text": 31, "llama4_text": 31, "opt": 31, "gemma2": 72, "mistral": 72}
 
 
 @pytest.mark.parametrize("architecture", sorted(TOKENS))
 def test_what_prompts_begin_with_is_computed_once_and_changes_no_score(architecture):
     settings = {**SIZES, **ARCHITECTURES.get(architecture, {"ffn_dim": 48, "word_embed_proj_dim": 32})}
-    if architecture == "gemma3_text":
-        settings["sliding_window"] = 64
+    settings |= {"gemma3_text": {"sliding_window": 64}, "llama4_text": {"attention_chunk_size": 64}}.get(
+        architecture, {}
+    )
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(architecture, **settings)).eval()
     rests = [([3, 4], [5, 6, 7]), ([3], [5, 6, 7]), ([8, 9, 10], [11, 12])]

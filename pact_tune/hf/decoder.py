@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pact_tune.batching import Batch
 from pact_tune.decoder import Decoder, TrainableHead
 from pact_tune.errors import UserError
-from pact_tune.hf.prefix import TOLERANCE, find_longest_shared, inputs_of
+from pact_tune.hf.prefix import TOLERANCE, below_head, find_longest_shared, inputs_of
 
 # What a config calls a factor of the logits, and whether the network multiplies by it or divides.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, ...
@@ -148,7 +148,8 @@ class HFDecoder(Decoder):
                 return original(*args, **kwargs)
             index, read = pact_read
             kwargs.pop("return_dict", None)
-            hidden = self.base_model(*args, **kwargs, use_cache=False, return_dict=True).last_hidden_state
+            trunk = below_head(self, self.base_model)
+            hidden = trunk(*args, **kwargs, use_cache=False, return_dict=True).last_hidden_state
             return read(hidden.flatten(0, 1).index_select(0, index), head)
 
         model.forward = types.MethodType(forward, model)

@@ -21,6 +21,11 @@ LIMITS = ("sliding_window", "attention_chunk_size", "max_position_embeddings")  
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
+def below_head(model: PreTrainedModel, found: Any) -> Any:
+    """``found``, a model's body as transformers finds it; Llama 4's class names one that it does not have, and is found itself."""
+    return model.model if found is model else found
+
+
 @contextlib.contextmanager
 def inputs_of(model: PreTrainedModel, batch: Batch) -> Iterator[dict[str, torch.Tensor]]:
     """What a model is called with for a batch; its attention is the batch's while this is open.
@@ -87,7 +92,7 @@ def find_longest_shared(model: PreTrainedModel, hidden: Callable[[Batch], torch.
         int: the longest row, in tokens; 0 where it may not.
     """
     config = model.config.get_text_config()
-    accepted = inspect.signature(model.base_model.forward).parameters
+    accepted = inspect.signature(below_head(model, model.base_model).forward).parameters
     if config._attn_implementation != "sdpa" or "position_ids" not in accepted:
         return 0
     tokens = [token % config.vocab_size for token in range(5, 13)]
