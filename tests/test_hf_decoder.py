@@ -213,6 +213,52 @@ def test_a_head_that_is_not_reproduced_is_refused_by_name():
         decoder.check_head()
 
 
+NOT_PACKED = {  # attention without a look at positions, ALiBi, recurrent layers
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, **WINDOW},
+    "bloom": {},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "falcon_mamba": {"state_size": 8},
+}
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES | NOT_PACKED))
+def test_an_architecture_that_does_not_keep_packed_rows_apart_is_refused(architecture):
+    """The check agrees with the numbers: packed rows are read as they are alone, or refused."""
+    settings = SIZES | ARCHITECTURES.get(architecture, NOT_PACKED.get(architecture))
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(architecture, **settings)).eval()
+    decoder, rows = HFDecoder(model, 0, torch.device("cpu")), rows_that_begin_alike()
+    decoder.check_rows(packed=False)
+
+    def read(rows: list[Conversation], packed: bool) -> torch.Tensor:
+        with torch.no_grad():
+            return decoder.run(collate(rows, 0, packed), lambda hidden, head: hidden)
+
+    alone = torch.cat([read([row], False) for row in rows])
+    torch.testing.assert_close(read(rows, False), alone, rtol=1e-4, atol=1e-4)
+    if architecture in NOT_PACKED:
+        assert (read(rows, True) - alone).abs().max() > 1e-3
+        with pytest.raises(
+            UserError, match=f"{type(model).__name__} does not keep packed rows apart: train it without packing"
+        ):
+            decoder.check_rows(packed=True)
+    else:
+        torch.testing.assert_close(read(rows, True), alone, rtol=1e-4, atol=1e-4)
+        decoder.check_rows(packed=True)
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    model = tf.BertGenerationDecoder(tf.BertGenerationConfig(**SIZES))
+    decoder = HFDecoder(model, 0, torch.device("cpu"))
+    for packed in (False, True):
+        with pytest.raises(UserError, match="BertGenerationDecoder"):
+            decoder.check_rows(packed)
+    decoder = HFDecoder(
+        tf.BertGenerationDecoder(tf.BertGenerationConfig(**SIZES, is_decoder=True)), 0, torch.device("cpu")
+    )
+    decoder.check_rows(packed=False)
+
+
 BEGINNING = [11, 12, 13, 14]
 
 

@@ -167,6 +167,14 @@ def test_four_bits(workspace, tmp_path, monkeypatch):
     assert verify.main([str(tmp_path / "out" / "epoch_1"), "--rows", "2"]) == 0
 
 
+def test_packing_what_does_not_keep_rows_apart_is_refused(tmp_path, monkeypatch):
+    workspace = write_hf(tmp_path, "gpt_oss")
+    refused = tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/out", "packed=True")
+    assert "GptOssForCausalLM does not keep packed rows apart: train it without packing (packed=False;" in str(refused)
+    assert not (tmp_path / "out").exists()
+    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/out", "epochs=1") is None
+
+
 def test_two_processes_are_one(workspace, tmp_path):
     outs = []
     for processes in (1, 2):

@@ -97,8 +97,9 @@ class PACTPlugin(BasePlugin):
             trainer.processing_class,
             data,
             None if cache is None else dict(cache),
-            section.get("reference", "base") == "initial",
-            section.get("analysis"),
+            initial=section.get("reference", "base") == "initial",
+            packed=bool(cfg.sample_packing),
+            analysis=section.get("analysis"),
         )
 
     def post_train(self, cfg: Any, model: nn.Module) -> None:

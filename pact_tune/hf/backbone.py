@@ -124,7 +124,7 @@ class HFBackbone:
             seed (int): of the fresh adapter.
 
         Raises:
-            UserError: damaged weights, or a head that is not reproduced.
+            UserError: damaged weights, a head that is not reproduced, or rows that are not kept apart.
         """
         cfg, rank = self.cfg, dist.get_rank() if self.world_size > 1 else 0
         adapter_dtype = DTYPES[cfg.adapter_dtype]
@@ -147,6 +147,7 @@ class HFBackbone:
                 layer.compile()
         self.decoder = HFDecoder(model, tokenizer.pad_token_id, self.device)
         self.decoder.check_head()
+        self.decoder.check_rows(cfg.packed)
         self.decoder.find_longest_shared()
 
     def trained(self) -> dict[str, nn.Parameter]:

@@ -83,6 +83,7 @@ class Constraint:
         data (Sequence[ChatDataset]): what is trained on, then what is evaluated on.
         reference_cache (Mapping[str, Any] | None): as in the recipe; None: computed in every step.
         initial (bool): the reference keeps the adapter that training goes on from.
+        packed (bool): batches hold rows end to end, without padding.
         analysis (Mapping[str, Any] | None): as in the recipe; None: nothing is recorded.
 
     Raises:
@@ -99,10 +100,12 @@ class Constraint:
         data: Sequence[ChatDataset],
         reference_cache: Mapping[str, Any] | None,
         initial: bool = False,
+        packed: bool = False,
         analysis: Mapping[str, Any] | None = None,
     ) -> None:
         causal_lm = causal_lm_of(model)
-        self.tokenizer, self.model, self.data, self.initial = tokenizer, model, data, initial
+        self.tokenizer, self.model, self.data = tokenizer, model, data
+        self.initial, self.packed = initial, packed
         self.folder = checkpoint_folder(causal_lm.config._name_or_path)
         self.weights_hash = model_fingerprint(self.folder)
         self.device = next(model.parameters()).device
@@ -185,12 +188,11 @@ class Constraint:
             "labels": [_labels(row) for row in part.conversations],
         }
 
-    def collate(self, examples: Sequence[Mapping[str, Any]], packed: bool) -> dict[str, Any]:
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of a trainer's examples, which may each be several rows packed; called in the loader's processes.
 
         Args:
             examples (Sequence[Mapping[str, Any]]): input_ids and labels and, of packed ones, seq_lengths.
-            packed (bool): one row without padding.
 
         Returns:
             dict[str, Any]: "labels" for the trainer's count of tokens, "rows" and "batch" for :meth:`loss`.
@@ -202,7 +204,7 @@ class Constraint:
         return {
             "labels": torch.tensor([row + [-100] * (width - len(row)) for row in labels]),
             "rows": rows,
-            "batch": collate(conversations, self.tokenizer.pad_token_id, packed),
+            "batch": collate(conversations, self.tokenizer.pad_token_id, self.packed),
         }
 
     def number(self, ids: list[int], labels: list[int]) -> int:
@@ -229,12 +231,13 @@ class Constraint:
             dtype (torch.dtype): that it computes in.
 
         Raises:
-            UserError: a head that is not reproduced, or a cache that holds other numbers.
+            UserError: a head that is not reproduced, rows that are not kept apart, or a cache that holds other numbers.
         """
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         adapter = INITIAL if self.initial else None
         decoder = HFDecoder(inner, self.tokenizer.pad_token_id, self.device, adapter)
         decoder.check_head()
+        decoder.check_rows(self.packed)
         decoder.find_longest_shared()
         prefix: tuple[int, ...] = ()
         if "response_only" in self.objective.views:

@@ -15,7 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from pact_tune.batching import Batch
+from pact_tune.batching import Batch, collate
+from pact_tune.conversations import Conversation
 from pact_tune.decoder import Decoder, TrainableHead
 from pact_tune.errors import UserError
 from pact_tune.hf.prefix import TOLERANCE, below_head, find_longest_shared, inputs_of
@@ -23,6 +24,7 @@ from pact_tune.hf.prefix import TOLERANCE, below_head, find_longest_shared, inpu
 # What a config calls a factor of the logits, and whether the network multiplies by it or divides.
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, ...
 DIVISORS = ("logits_scaling",)  # Granite
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
 CHECKED_TOKENS = 12  # length of the row on which the head is compared with the model's own
 
 
@@ -55,7 +57,7 @@ class HFHead:
         config = model.config.get_text_config()
         self.model = model
         self.scale = logit_scale(config)
-        self.cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        self.cap = next(filter(None, (getattr(config, name, None) for name in CAPS)), None)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._scaled(self.model.get_output_embeddings()(hidden))
@@ -189,6 +191,53 @@ class HFDecoder(Decoder):
 
         with self.frozen():
             self.longest_shared = find_longest_shared(self.causal_lm, hidden)
+
+    def check_rows(self, packed: bool) -> None:
+        """Finds out whether a token sees what it must not: tokens behind it, or rows that its own is packed with.
+
+        Where it does not, the gradient of its hidden state with respect to their embeddings is exactly zero. All ranks must
+        call it.
+
+        Args:
+            packed (bool): whether rows will be packed.
+
+        Raises:
+            UserError: it does: losses would be others than those of the rows.
+        """
+        length, vocabulary = 5, self.causal_lm.config.get_text_config().vocab_size
+        tokens = [token % vocabulary for token in range(5, 5 + 3 * length)]
+        # The hidden state of each row's third token is looked at; a row's last token, 0, is only a label.
+        rows = [Conversation([*tokens[start : start + length], 0], [(3, 4)]) for start in range(0, 3 * length, length)]
+        batch = collate(rows if packed else rows[:1], self.pad_id, packed).to(self.device)
+        looked_at = len(batch.index) // 2  # of three rows the second: it has one before it and one behind
+        embedded: list[torch.Tensor] = []
+
+        def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[-1]
+
+        hook = self.causal_lm.get_input_embeddings().register_forward_hook(keep)
+        try:
+            with self.frozen(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+                hidden = self.run(batch, lambda hidden, head: hidden[looked_at].float())
+                some = hidden @ torch.arange(
+                    1.0, 1.0 + len(hidden), device=hidden.device
+                )  # a norm leaves its squares' sum alone
+                gradient = torch.autograd.grad(some, embedded)[0]
+        finally:
+            hook.remove()
+        seen = gradient[0].ne(0).any(-1).nonzero()[:, 0] - looked_at * length  # places in the row that is looked at
+        name = type(self.causal_lm).__name__
+        if packed and ((seen < 0) | (seen >= length)).any():
+            raise UserError(
+                f"{name} does not keep packed rows apart: train it without packing (packed=False; with TRL packing=False and "
+                "padding_free=False; with Axolotl sample_packing: false)."
+            )
+        if (seen > 2).any():
+            raise UserError(
+                f"In {name} a token sees those behind it: only causal language models can be trained (perhaps config.json "
+                "lacks is_decoder: true)."
+            )
 
     @torch.no_grad()
     def check_head(self) -> None:

@@ -48,8 +48,8 @@ def causal_lm(
         use_dora (bool): DoRA instead of LoRA.
         load_in_4bit (bool): the frozen weights in NF4, by bitsandbytes; on one process, and exported as an adapter only.
         adapter (str | None): folder of an adapter that training goes on from; the reference does not contain it.
-        attn_implementation (str | None): of transformers; None: "sdpa", or "eager" where scores are soft-capped (Gemma 2),
-            which sdpa does not compute.
+        attn_implementation (str | None): of transformers; None: "sdpa", or "eager" where the architecture has no sdpa
+            (gpt-oss) or soft-caps its scores (Gemma 2).
         max_seq_len (int | None): longest row in tokens; None is what config.json says.
 
     Returns:
@@ -123,7 +123,10 @@ class CausalLM:
         """Which implementation computes it."""
         if self.attn_implementation is not None:
             return self.attn_implementation
-        return "eager" if getattr(self.text_config, "attn_logit_softcapping", None) is not None else "sdpa"
+        capped = getattr(self.text_config, "attn_logit_softcapping", None) is not None
+        return (
+            "sdpa" if AutoModelForCausalLM._model_mapping[type(self.config)]._supports_sdpa and not capped else "eager"
+        )
 
     @property
     def spec(self) -> LoRASpec:
@@ -157,10 +160,15 @@ class CausalLM:
 
     def skeleton(self, dtype: torch.dtype, adapter_dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The model on the meta device, adapters included; nothing is read but config.json."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, attn_implementation=self.attention, trust_remote_code=False
-            )
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    self.config, dtype=dtype, attn_implementation=self.attention, trust_remote_code=False
+                )
+        except (ValueError, ImportError) as error:
+            raise UserError(
+                f"A {self.config.model_type} cannot be made with attn_implementation={self.attention}: {one_line(error)}"
+            ) from error
         return self._with_adapter(model, adapter_dtype, empty=True)
 
     def load(self, dtype: torch.dtype, adapter_dtype: torch.dtype, seed: int, device: torch.device) -> PreTrainedModel:

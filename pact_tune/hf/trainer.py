@@ -113,14 +113,12 @@ class PACTTrainer(SFTTrainer):
             tokenizer,
             [train, *([] if held_out is None else [held_out])],
             settings.reference_cache,
-            settings.reference == "initial",
-            settings.analysis,
+            initial=settings.reference == "initial",
+            packed=self.padding_free,
+            analysis=settings.analysis,
         )
-        self.data_collator = self._collate
+        self.data_collator = self.constraint.collate
         self.model_accepts_loss_kwargs = True  # our loss is divided by the tokens of the whole step
-
-    def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.constraint.collate(examples, self.padding_free)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         counted = super()._get_num_items_in_batch(batch_samples, device)
