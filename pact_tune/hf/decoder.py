@@ -220,10 +220,10 @@ class HFDecoder(Decoder):
         try:
             with self.frozen(), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
                 hidden = self.run(batch, lambda hidden, head: hidden[looked_at].float())
-                some = hidden @ torch.arange(
+                factors = torch.arange(
                     1.0, 1.0 + len(hidden), device=hidden.device
-                )  # a norm leaves its squares' sum alone
-                gradient = torch.autograd.grad(some, embedded)[0]
+                )  # a norm may fix sums of equal parts
+                gradient = torch.autograd.grad(hidden @ factors, embedded)[0]
         finally:
             hook.remove()
         seen = gradient[0].ne(0).any(-1).nonzero()[:, 0] - looked_at * length  # places in the row that is looked at
