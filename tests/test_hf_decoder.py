@@ -277,9 +277,11 @@ def computed(model, decoder, rows) -> tuple[torch.Tensor, int]:
     return reading, sum(seen)
 
 
-# ALiBi; eager attention, which Gemma 2's caps need; recurrent layers beside attention that says it is "sdpa".
+# ALiBi; an attention of its own that says it is "sdpa"; eager attention, which Gemma 2's caps need; recurrent layers beside attention
+# that says it is "sdpa".
 NOT_SHARED = {
     "bloom": {},
+    "falcon": {"head_dim": None},
     "gemma2": ARCHITECTURES["gemma2"],
     "recurrent_gemma": {},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8},
@@ -289,6 +291,7 @@ NOT_SHARED = {
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES | NOT_SHARED))
 def test_rows_behind_a_shared_prefix_are_computed_as_if_alone(architecture):
     settings = SIZES | ARCHITECTURES.get(architecture, NOT_SHARED.get(architecture))
+    settings = {key: value for key, value in settings.items() if value is not None}
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(architecture, **settings)).eval()
     decoder = HFDecoder(model, 0, torch.device("cpu"))

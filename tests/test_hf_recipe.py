@@ -23,8 +23,13 @@ from pact_tune.tools import verify
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 # Beyond what transformers' defaults and tiny_model's sizes are.
-KINDS = ARCHITECTURES | {"phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}}
-TARGETS = {"qwen3_moe": "all-linear", "phi3": ["qkv_proj", "o_proj"]}
+KINDS = ARCHITECTURES | {
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "bloom": {"hidden_dropout": 0.0},  # knows no longest row
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},  # an attention of its own
+}
+FUSED = ["query_key_value", "dense"]
+TARGETS = {"qwen3_moe": "all-linear", "phi3": ["qkv_proj", "o_proj"], "bloom": FUSED, "falcon": FUSED}
 
 
 def write_hf(directory: Path, architecture: str = "qwen2", **model) -> Path:
@@ -44,7 +49,8 @@ def replace_model(folder: Path, architecture: str) -> None:
     old = json.loads((folder / "config.json").read_text())
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "max_position_embeddings", "initializer_range", "eos_token_id", "pad_token_id")  # fmt: skip
-    config = AutoConfig.for_model(architecture, **{key: old[key] for key in sizes} | KINDS.get(architecture, {}))
+    settings = {key: old[key] for key in sizes} | KINDS.get(architecture, {})
+    config = AutoConfig.for_model(architecture, **{key: value for key, value in settings.items() if value is not None})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
@@ -258,6 +264,16 @@ def test_bad_input_is_refused_in_one_sentence(workspace, tmp_path, monkeypatch, 
     message = tune_run(monkeypatch, workspace, f"output_dir={tmp_path}/out", *overrides)
     assert expected in message and message.count("\n") == 0
     assert not (tmp_path / "out" / "epoch_0").exists()
+
+
+def test_layers_that_store_weights_transposed_are_refused(tmp_path, monkeypatch):
+    workspace = write_hf(tmp_path, "gpt2", target_modules=["c_attn"])
+    message = tune_run(monkeypatch, workspace)
+    assert "gpt2 store their weights transposed" in message and "model.r=null" in message
+    assert (
+        tune_run(monkeypatch, workspace, "~model.r", "~model.target_modules", "~model.lora_alpha", "optimizer.lr=1e-3")
+        is None
+    )
 
 
 def test_a_config_is_validated_without_weights(workspace, capsys):

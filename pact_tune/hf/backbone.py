@@ -1,6 +1,7 @@
 """A transformers model as the recipe trains it: opened, loaded, sharded, gathered, saved."""
 
 import functools
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class HFBackbone:
         self.adapted = {module: self.names.get(module, module) for module in modules}
         self._check()
         text = self.spec.text_config
-        self.max_seq_len: int = self.spec.max_seq_len or text.max_position_embeddings
+        self.max_seq_len: int = self.spec.max_seq_len or getattr(text, "max_position_embeddings", sys.maxsize)
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = text.vocab_size
 

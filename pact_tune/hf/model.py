@@ -154,7 +154,7 @@ class CausalLM:
             use_dora=self.use_dora,
             task_type="CAUSAL_LM",
         )
-        if self.text_config.tie_word_embeddings and "lm_head" in targets:
+        if getattr(self.text_config, "tie_word_embeddings", False) and "lm_head" in targets:
             raise UserError("model.target_modules: this model's head is its embedding (tied) and takes no LoRA.")
         return config
 
@@ -207,15 +207,21 @@ class CausalLM:
     def _with_adapter(self, model: PreTrainedModel, adapter_dtype: torch.dtype, empty: bool) -> PreTrainedModel:
         if self.r is None:
             return model
+        config = self.lora_config(model)
         try:
             adapted: Any = get_peft_model(
                 model,
-                self.lora_config(model),
+                config,
                 autocast_adapter_dtype=adapter_dtype is torch.float32,
                 low_cpu_mem_usage=empty,
             )
         except ValueError as error:
             raise UserError(f"model.target_modules: {one_line(error)}") from error
+        if config.fan_in_fan_out:  # PEFT has set it
+            raise UserError(
+                f"The layers of a {self.config.model_type} store their weights transposed, which adapters here do not fit: train "
+                "all weights, with model.r=null."
+            )
         return adapted.get_base_model()
 
     def _start_from(self, model: PreTrainedModel, folder: Path) -> None:
