@@ -7,9 +7,9 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/pact demo
 
-# QUICK=1: fewer rows, one seed; DATA=DIR: published sets (docs/smollm2.md). Killed? The same command goes on.
+# QUICK=1: fewer rows, one seed; SEEDS=0: that one alone; DATA=DIR: published sets (docs/smollm2.md). Killed? The same command goes on.
 smollm2: .venv/installed
-	$(BIN)/pact experiment smollm2$(if $(DATA),_data)$(if $(QUICK),_quick) --jobs 2
+	$(BIN)/pact experiment smollm2$(if $(DATA),_data)$(if $(QUICK),_quick) $(if $(SEEDS),--seeds $(SEEDS)) --jobs 2
 
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)

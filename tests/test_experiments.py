@@ -234,6 +234,33 @@ def test_a_base_and_what_is_taken_away(tmp_path):
 
 
 @pytest.mark.quick
+def test_other_seeds_than_the_files(tmp_path, monkeypatch, capfd):
+    """Runs have the names and settings that they have in the whole experiment, also where a queue runs them."""
+    monkeypatch.chdir(tmp_path)
+    file = str(write(tmp_path, seeds=[0, 1, 2], methods={"SFT": {"method": "sft"}}, tuning=...))
+    whole = {one.name: one for one in run.grid_runs(plan.read(file), {})}
+    found = run.grid_runs(plan.read(file, [2, 0]), {})
+    assert [one.name for one in found] == [f"runs/poison-0.1/SFT/seed_{seed}" for seed in (2, 0)]
+    assert all(whole[one.name] == one for one in found)
+    for stage in run.all_stages(plan.read(file)):
+        for made in stage.makes:
+            made.parent.mkdir(parents=True, exist_ok=True)
+            made.touch()
+        stage.note()
+    assert cli.main(["experiment", file, "--seeds", "1", "--submit", "echo"]) == 0
+    assert "pact experiment tiny.yaml --seeds 1 --run runs/poison-0.1/SFT/seed_1" in capfd.readouterr().out.replace(
+        f"{tmp_path}/", ""
+    )
+    for seeds, says in (
+        (["1", "1"], "'seeds' names one twice"),
+        (["-1"], "seeds is [-1]"),
+        (["x"], "argument --seeds"),
+    ):
+        assert cli.main(["experiment", file, "--seeds", *seeds, "--dry-run"]) == 1
+        assert says in capfd.readouterr().err
+
+
+@pytest.mark.quick
 def test_what_is_missing_is_said_before_anything_is_run(tmp_path, monkeypatch, capsys):
     """By the start, which refuses, and by --dry-run, which warns; what a stage makes is not missing after it."""
     monkeypatch.chdir(tmp_path)

@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         "done is passed over and what was begun is gone on with: to resume, give the same command again.",
     )
     parser.add_argument("file", metavar="FILE", help="a path, or a name that `pact ls` lists")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="N", help="these in the place of the file's; others can follow"
+    )
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time on this machine (default: 1)")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--dry-run", action="store_true", help="check the file and show what would be run")
@@ -58,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--jobs is for runs on this machine: leave it out with --dry-run, --submit and --run.")
     from pact_tune.experiments import plan
 
-    experiment = plan.read(args.file)
+    experiment = plan.read(args.file, args.seeds)
     if args.dry_run:
         return _show(experiment)
     elsewhere = args.run or args.submit  # a queue's machines have files of their own
@@ -121,7 +124,8 @@ def _submit(experiment: "Experiment", args: argparse.Namespace) -> int:
         names = ["stages"] if found[0].stage else [job.name for job in found]
         pact = str(Path(sys.executable).parent / "pact")
         for name in names:
-            line = f"cd {shlex.quote(os.getcwd())} && {shlex.join([pact, 'experiment', args.file, '--run', name])}"
+            command = [pact, "experiment", args.file, *_seeds(args), "--run", name]
+            line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"
             if subprocess.run([*words, line]).returncode:
                 raise UserError(
                     f"`{shlex.join(words)}` did not take '{name}' (see above); the runs before it are handed over."
@@ -129,6 +133,11 @@ def _submit(experiment: "Experiment", args: argparse.Namespace) -> int:
         print(f"{title}: {len(names)} handed over. When they are through, give this command again.")
         return 0
     return _all(experiment, 1)
+
+
+def _seeds(args: argparse.Namespace) -> list[str]:
+    """--seeds as it was given."""
+    return [] if args.seeds is None else ["--seeds", *map(str, args.seeds)]
 
 
 def _words(text: str) -> list[str]:

@@ -353,11 +353,12 @@ class Experiment:
 # Reading -----------------------------------------------------------------------------------------------------------------
 
 
-def read(name: str) -> Experiment:
+def read(name: str, seeds: list[int] | None = None) -> Experiment:
     """Reads and checks an experiment's file, and the config of every run.
 
     Args:
         name (str): a path, or the name of a shipped experiment.
+        seeds (list[int] | None): in the place of the file's.
 
     Returns:
         Experiment: ready to be run.
@@ -378,6 +379,8 @@ def read(name: str) -> Experiment:
     for key in ("methods", "cases"):  # null takes away what the base names
         if isinstance(values.get(key), dict):
             values[key] = {name: item for name, item in values[key].items() if item is not None}
+    if seeds is not None:
+        values["seeds"] = seeds
     refuse(_problems(values) or _unused(file, whole))
     values = defaults(ExperimentSettings) | values
     if values["tuning"] is not None:
