@@ -67,7 +67,8 @@ class HFBackbone:
         self.adapted = {module: self.names.get(module, module) for module in modules}
         self._check()
         text = self.spec.text_config
-        self.max_seq_len: int = self.spec.max_seq_len or getattr(text, "max_position_embeddings", sys.maxsize)
+        limit: int | None = getattr(text, "max_position_embeddings", None)  # none with ALiBi or recurrent layers
+        self.max_seq_len: int = self.spec.max_seq_len or limit or sys.maxsize
         self.hidden_size: int = text.hidden_size
         self.vocab_size: int = text.vocab_size
 

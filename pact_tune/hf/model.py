@@ -123,10 +123,9 @@ class CausalLM:
         """Which implementation computes it."""
         if self.attn_implementation is not None:
             return self.attn_implementation
+        network: Any = AutoModelForCausalLM._model_mapping[type(self.config)]
         capped = getattr(self.text_config, "attn_logit_softcapping", None) is not None
-        return (
-            "sdpa" if AutoModelForCausalLM._model_mapping[type(self.config)]._supports_sdpa and not capped else "eager"
-        )
+        return "sdpa" if network._supports_sdpa and not capped else "eager"
 
     @property
     def spec(self) -> LoRASpec:
