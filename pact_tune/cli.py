@@ -73,18 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     log.setup()
-    group = argv[:1] in (["tokens"], ["cache"], ["smollm2"])
     try:
-        if argv[group:] in ([], ["-h"], ["--help"]):
-            print(_usage())
-            return 0
-        if argv == ["--version"]:
-            print(__version__)
-            return 0
-        words = _command(argv[: 1 + group])
-        # A module that serves several commands is told which one.
-        told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1, "smollm2": 1}
-        return _run(COMMANDS[words][0], argv[told.get(words[0], len(words)) :]) or 0
+        try:
+            return _answer(argv)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is no fault
     except UserError as error:
         if log.debugging():
             raise
@@ -101,6 +94,21 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pact: interrupted.", file=sys.stderr)
         return 130
+
+
+def _answer(argv: list[str]) -> int:
+    """What one command line asks for."""
+    group = argv[:1] in (["tokens"], ["cache"], ["smollm2"])
+    if argv[group:] in ([], ["-h"], ["--help"]):
+        print(_usage())
+        return 0
+    if argv == ["--version"]:
+        print(__version__)
+        return 0
+    words = _command(argv[: 1 + group])
+    # A module that serves several commands is told which one.
+    told = {"ls": 0, "cp": 0, "run": 0, "validate": 0, "cache": 1, "smollm2": 1}
+    return _run(COMMANDS[words][0], argv[told.get(words[0], len(words)) :]) or 0
 
 
 def _command(words: Sequence[str]) -> tuple[str, ...]:

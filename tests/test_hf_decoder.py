@@ -251,7 +251,7 @@ def test_a_model_that_looks_ahead_is_refused():
     model = tf.BertGenerationDecoder(tf.BertGenerationConfig(**SIZES))
     decoder = HFDecoder(model, 0, torch.device("cpu"))
     for packed in (False, True):
-        with pytest.raises(UserError, match="BertGenerationDecoder"):
+        with pytest.raises(UserError, match="In BertGenerationDecoder a token sees those behind it"):
             decoder.check_rows(packed)
     decoder = HFDecoder(
         tf.BertGenerationDecoder(tf.BertGenerationConfig(**SIZES, is_decoder=True)), 0, torch.device("cpu")

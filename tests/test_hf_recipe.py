@@ -18,6 +18,7 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_tune import cli
+from pact_tune.hf.backbone import transformers_sizes
 from pact_tune.hf.decoder import HFDecoder
 from pact_tune.tools import verify
 
@@ -25,7 +26,7 @@ LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"
 # Beyond what transformers' defaults and tiny_model's sizes are.
 KINDS = ARCHITECTURES | {
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "bloom": {"hidden_dropout": 0.0},  # knows no longest row
+    "bloom": {"max_position_embeddings": None, "intermediate_size": None},  # knows no longest row
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "head_dim": None},  # an attention of its own
 }
 FUSED = ["query_key_value", "dense"]
@@ -274,6 +275,15 @@ def test_layers_that_store_weights_transposed_are_refused(tmp_path, monkeypatch)
         tune_run(monkeypatch, workspace, "~model.r", "~model.target_modules", "~model.lora_alpha", "optimizer.lr=1e-3")
         is None
     )
+
+
+@pytest.mark.parametrize("architecture", ["bloom", "falcon", "mpt", "xlstm", "gpt2", "gpt_oss", "llama"])
+def test_sizes_for_the_estimate_of_memory(architecture):
+    """Configs call them by names of their own, or not at all."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture))
+    sizes = transformers_sizes(model)
+    assert sizes.inner >= model.config.get_text_config().hidden_size / 2 and sizes.layers >= 2 and sizes.layer > 0
 
 
 def test_a_config_is_validated_without_weights(workspace, capsys):

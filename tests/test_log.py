@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 
@@ -113,8 +114,13 @@ def test_one_of_several_processes_leaves_a_user_error_to_torchruns_report(tmp_pa
 
 @pytest.mark.parametrize("words", [["--help"], ["--version"], ["ls"], ["ls", "--help"]])
 def test_a_reader_that_has_read_enough_is_no_fault(words):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     command = subprocess.Popen(
-        [sys.executable, "-m", "pact_tune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pact_tune.cli", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     assert command.stdout and command.stderr
     command.stdout.close()

@@ -98,7 +98,7 @@ class PACTPlugin(BasePlugin):
             data,
             None if cache is None else dict(cache),
             initial=section.get("reference", "base") == "initial",
-            packed=bool(cfg.sample_packing),
+            packed=bool(cfg.sample_packing or cfg.batch_flattening),
             analysis=section.get("analysis"),
         )
 

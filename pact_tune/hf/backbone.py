@@ -202,6 +202,9 @@ class HFBackbone:
         return directory
 
 
+INNER = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")  # what configs call the feed-forward's width
+
+
 def transformers_sizes(model: PreTrainedModel) -> Sizes:
     """What the estimate of memory needs to know of a model on the meta device."""
     config, all_layers = model.config.get_text_config(), layers(model)
@@ -210,7 +213,7 @@ def transformers_sizes(model: PreTrainedModel) -> Sizes:
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     embeddings: Any = model.get_input_embeddings()
-    inner = config.intermediate_size
+    inner = next(filter(None, (getattr(config, name, None) for name in INNER)), 4 * config.hidden_size)
     if (experts := getattr(config, "num_experts_per_tok", None)) is not None:
         inner = experts * getattr(config, "moe_intermediate_size", inner)
     return Sizes(
@@ -220,7 +223,7 @@ def transformers_sizes(model: PreTrainedModel) -> Sizes:
         layer=max(size(layer.parameters()) for layer in all_layers),
         embedding=embeddings.weight,
         inner=inner,
-        whole_scores=config.num_attention_heads if model.config._attn_implementation == "eager" else 0,
+        whole_scores=getattr(config, "num_attention_heads", 0) if model.config._attn_implementation == "eager" else 0,
     )
 
 

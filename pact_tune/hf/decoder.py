@@ -214,7 +214,7 @@ class HFDecoder(Decoder):
 
         def keep(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
             embedded.append(output.detach().requires_grad_())
-            return embedded[-1]
+            return embedded[-1].clone()  # which a model may change in place
 
         hook = self.causal_lm.get_input_embeddings().register_forward_hook(keep)
         try:
@@ -228,15 +228,17 @@ class HFDecoder(Decoder):
             hook.remove()
         seen = gradient[0].ne(0).any(-1).nonzero()[:, 0] - looked_at * length  # places in the row that is looked at
         name = type(self.causal_lm).__name__
-        if packed and ((seen < 0) | (seen >= length)).any():
-            raise UserError(
-                f"{name} does not keep packed rows apart: train it without packing (packed=False; with TRL packing=False and "
-                "padding_free=False; with Axolotl sample_packing: false)."
-            )
-        if (seen > 2).any():
+        if not gradient.isfinite().all():
+            raise UserError(f"The hidden states of {name} are not finite in {gradient.dtype}: set another dtype.")
+        if ((seen > 2) & (seen < length)).any():
             raise UserError(
                 f"In {name} a token sees those behind it: only causal language models can be trained (perhaps config.json "
                 "lacks is_decoder: true)."
+            )
+        if ((seen < 0) | (seen >= length)).any():
+            raise UserError(
+                f"{name} does not keep packed rows apart: train it without packing (packed=False; with TRL packing=False and "
+                "padding_free=False; with Axolotl sample_packing: false and batch_flattening: false)."
             )
 
     @torch.no_grad()

@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import Field
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.pytorch_utils import Conv1D
 
 from pact_tune.adapters import Adapter, LoRASpec, Update, check_fits, read_adapter
 from pact_tune.config import Dropout, PathText, Positive, Size, Text
@@ -206,17 +208,16 @@ class CausalLM:
     def _with_adapter(self, model: PreTrainedModel, adapter_dtype: torch.dtype, empty: bool) -> PreTrainedModel:
         if self.r is None:
             return model
-        config = self.lora_config(model)
         try:
             adapted: Any = get_peft_model(
                 model,
-                config,
+                self.lora_config(model),
                 autocast_adapter_dtype=adapter_dtype is torch.float32,
                 low_cpu_mem_usage=empty,
             )
         except ValueError as error:
             raise UserError(f"model.target_modules: {one_line(error)}") from error
-        if config.fan_in_fan_out:  # PEFT has set it
+        if any(isinstance(m, BaseTunerLayer) and isinstance(m.get_base_layer(), Conv1D) for m in adapted.modules()):
             raise UserError(
                 f"The layers of a {self.config.model_type} store their weights transposed, which adapters here do not fit: train "
                 "all weights, with model.r=null."

@@ -100,9 +100,7 @@ def find_longest_shared(model: PreTrainedModel, hidden: Callable[[Batch], torch.
     apart = hidden(collate(rows, 0))
     try:
         behind = hidden(collate(rows, 0, prefix=3))
-    except (
-        Exception
-    ):  # of a model's own code, which does not expect an attention that it does not know, or no mask (Falcon)
+    except TypeError:  # of the model's own code, which expects a mask with an attention that it does not know (Falcon)
         return 0
     if not (apart - behind).abs().max() <= TOLERANCE[apart.dtype] * apart.abs().max():
         return 0
