@@ -41,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("file", metavar="FILE", help="a path, or a name that `pact ls` lists")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="N", help="these in the place of the file's; others can follow"
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="run these seeds alone; the same command without it goes on with the file's",
     )
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time on this machine (default: 1)")
     instead = parser.add_mutually_exclusive_group()
