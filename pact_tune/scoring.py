@@ -66,11 +66,16 @@ def _conversation(pair: Pair) -> Conversation:
     return Conversation(prompt + response, [(len(prompt), len(prompt) + len(response))])
 
 
+def _body(model: PreTrainedModel) -> Any:
+    """What the model's own forward calls below its head; not base_model, which OPT's head does not call."""
+    return below_head(model, model.get_decoder())
+
+
 def _trunk(model: PreTrainedModel, batch: Batch) -> tuple[Any, torch.Tensor]:
     """What the model below its head gives for a batch, and of that the hidden states at response positions, ``[T, H]``."""
     batch = batch.to(model.device)
     with inputs_of(model, batch) as inputs:
-        output = below_head(model, model.get_decoder())(**inputs, use_cache=False)
+        output = _body(model)(**inputs, use_cache=False)
     hidden = output.last_hidden_state
     return output, hidden.flatten(0, 1).index_select(0, batch.index.to(hidden.device))  # a device map ends elsewhere
 
@@ -84,7 +89,7 @@ def _longest_shared(model: PreTrainedModel) -> int:
 
 def _logits(model: PreTrainedModel, output: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits ``[n, V]`` of hidden rows ``[n, H]`` as the model itself makes them (soft-cap, scale and all)."""
-    body = below_head(model, model.get_decoder())  # not base_model, which OPT's head does not call
+    body = _body(model)
     rows = copy.copy(output)
     rows.last_hidden_state = hidden[None]
     before = body.__dict__.get("forward")  # accelerate puts its own there

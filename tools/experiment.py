@@ -122,13 +122,14 @@ def _missing(experiment: "Experiment") -> list[str]:
 def _submit(experiment: "Experiment", args: argparse.Namespace) -> int:
     """Hands the first part that is not done to a queue."""
     words = _words(args.submit)
+    seeds = [] if args.seeds is None else ["--seeds", *map(str, args.seeds)]
     for title, found in _parts(experiment):
         if not found:
             continue
         names = ["stages"] if found[0].stage else [job.name for job in found]
         pact = str(Path(sys.executable).parent / "pact")
         for name in names:
-            command = [pact, "experiment", args.file, *_seeds(args), "--run", name]
+            command = [pact, "experiment", args.file, *seeds, "--run", name]
             line = f"cd {shlex.quote(os.getcwd())} && {shlex.join(command)}"
             if subprocess.run([*words, line]).returncode:
                 raise UserError(
@@ -137,11 +138,6 @@ def _submit(experiment: "Experiment", args: argparse.Namespace) -> int:
         print(f"{title}: {len(names)} handed over. When they are through, give this command again.")
         return 0
     return _all(experiment, 1)
-
-
-def _seeds(args: argparse.Namespace) -> list[str]:
-    """--seeds as it was given."""
-    return [] if args.seeds is None else ["--seeds", *map(str, args.seeds)]
 
 
 def _words(text: str) -> list[str]:

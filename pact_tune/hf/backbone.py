@@ -19,7 +19,7 @@ from pact_tune import sharded
 from pact_tune.adapters import Finish, finished
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_folder
-from pact_tune.hf.decoder import HFDecoder
+from pact_tune.hf.decoder import HFDecoder, setting
 from pact_tune.hf.model import CausalLM, adapter_of, causal_lm, checkpoint_names, trained_parameters
 from pact_tune.hf.saving import save_adapter, save_merged, save_weights
 from pact_tune.log import logger
@@ -148,9 +148,7 @@ class HFBackbone:
             for layer in layers(model):
                 layer.compile()
         self.decoder = HFDecoder(model, tokenizer.pad_token_id, self.device)
-        self.decoder.check_head()
-        self.decoder.check_rows(cfg.packed)
-        self.decoder.find_longest_shared()
+        self.decoder.check(cfg.packed)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """What is trained, sharded or not, under the backbone's own names."""
@@ -213,7 +211,7 @@ def transformers_sizes(model: PreTrainedModel) -> Sizes:
         return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     embeddings: Any = model.get_input_embeddings()
-    inner = next(filter(None, (getattr(config, name, None) for name in INNER)), 4 * config.hidden_size)
+    inner = setting(config, INNER) or 4 * config.hidden_size
     if (experts := getattr(config, "num_experts_per_tok", None)) is not None:
         inner = experts * getattr(config, "moe_intermediate_size", inner)
     return Sizes(

@@ -236,9 +236,7 @@ class Constraint:
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         adapter = INITIAL if self.initial else None
         decoder = HFDecoder(inner, self.tokenizer.pad_token_id, self.device, adapter)
-        decoder.check_head()
-        decoder.check_rows(self.packed)
-        decoder.find_longest_shared()
+        decoder.check(self.packed)
         prefix: tuple[int, ...] = ()
         if "response_only" in self.objective.views:
             prefix = response_only_prefix(self.tokenizer, self.objective.response_only_bos)

@@ -6,7 +6,7 @@ Shapes: B rows of S tokens, T response tokens of a batch, H hidden size, V vocab
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  
 CHECKED_TOKENS = 12  # length of the row on which the head is compared with the model's own
 
 
+def setting(config: Any, names: Sequence[str]) -> Any:
+    """What a config says under the first of some names, by which families call one thing; None where it says nothing."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
+
+
 def logit_scale(config: Any) -> float:
     """The factor of a network's logits, 1 where it has none.
 
@@ -37,13 +42,10 @@ def logit_scale(config: Any) -> float:
     Returns:
         float: before a soft-cap.
     """
-    for name in MULTIPLIERS:
-        if (value := getattr(config, name, None)) is not None:
-            return float(value)
-    for name in DIVISORS:
-        if (value := getattr(config, name, None)) is not None:
-            return 1.0 / float(value)
-    return 1.0
+    if (multiplier := setting(config, MULTIPLIERS)) is not None:
+        return float(multiplier)
+    divisor = setting(config, DIVISORS)
+    return 1.0 if divisor is None else 1.0 / float(divisor)
 
 
 class HFHead:
@@ -57,7 +59,7 @@ class HFHead:
         config = model.config.get_text_config()
         self.model = model
         self.scale = logit_scale(config)
-        self.cap = next(filter(None, (getattr(config, name, None) for name in CAPS)), None)
+        self.cap = setting(config, CAPS)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._scaled(self.model.get_output_embeddings()(hidden))
@@ -182,6 +184,19 @@ class HFDecoder(Decoder):
                 module.training = True
             for layer, adapters in active.items():
                 layer._disable_adapters, layer._active_adapter = False, adapters
+
+    def check(self, packed: bool) -> None:
+        """All that must be known of a network before it is trained; all ranks must call it.
+
+        Args:
+            packed (bool): whether rows will be packed.
+
+        Raises:
+            UserError: a head that is not reproduced, or rows that are not kept apart.
+        """
+        self.check_head()
+        self.check_rows(packed)
+        self.find_longest_shared()
 
     def find_longest_shared(self) -> None:
         """Sets up to which length rows are computed behind a shared prefix; all ranks must call it."""
