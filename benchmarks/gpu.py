@@ -8,7 +8,8 @@ Two parts, each of which writes its CSV into the folder as it goes, so that a ru
     checks.csv    losses, cache, exports and the rest of what a run leaves, on the device against the CPU
     steps.csv     a step at true size, of everyone who makes it: time, weights, peak memory; and the filling of the cache
 
-`--story FILE` runs an experiment (docs/experiments.md) in the time that is left, and keeps what it has where the file says.
+`--story FILE` runs an experiment (docs/experiments.md), three seeds, in the time that is left, and keeps what it has where the
+file says; a file that has `device: auto`, such as smollm2_quick, trains on the GPU.
 What cannot be run fails, by name, and the rest goes on; the exit code is then 1. docs/performance.md says how to carry it to
 a machine without a network.
 """
@@ -452,7 +453,7 @@ def peak(device: str) -> float:
 
 
 def run_story(file: str, deadline: float) -> list[str]:
-    """`pact experiment FILE` in the time that is left; what it has done by then is passed over by the next.
+    """`pact experiment FILE`, three seeds, in the time that is left; what it has done by then is passed over by the next.
 
     Args:
         file (str): a path, or a name that `pact ls` lists.
@@ -464,7 +465,9 @@ def run_story(file: str, deadline: float) -> list[str]:
     left = deadline - time.monotonic()
     if left <= 0:
         return [f"story: no time was left for {file}"]
-    command = [sys.executable, "-m", "pact_tune.cli", "experiment", file]
+    jobs = max(1, (os.cpu_count() or 1) // 2)  # small networks leave most of a GPU to others
+    options = ["--seeds", "0", "1", "2", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "pact_tune.cli", "experiment", file, *options]
     try:
         subprocess.run(command, check=True, timeout=left)
     except subprocess.CalledProcessError as error:

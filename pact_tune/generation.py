@@ -73,6 +73,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_here(name: str) -> str:
+    """A config's ``device`` on this machine: "auto" is a GPU where there is one, else the CPU."""
+    return default_device() if name == "auto" else name
+
+
 def compute_dtype(folder: str | Path, device: torch.device, trust_remote_code: bool = False) -> torch.dtype:
     """What a checkpoint is computed in unless told otherwise: float32 on a CPU, else its own type."""
     if device.type == "cpu":

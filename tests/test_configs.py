@@ -359,3 +359,14 @@ def test_methods_over_each_other():
 def test_a_method_that_is_not_there(capsys):
     assert cli.main(["validate", "demo/pact_lora", "--method", "pact_tial"]) == 1
     assert "did you mean 'pact_tail'" in capsys.readouterr().err
+
+
+def test_device_auto_is_a_gpu_where_there_is_one(monkeypatch, capsys):
+    from pact_tune.experiments import plan
+
+    for there, device in ((False, "cpu"), (True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert plan.read("smollm2_quick").device == device
+        assert plan.read("demo/overview").device == "cpu"  # its config says so
+        assert cli.main(["validate", "demo/pact_lora", "device=auto"]) == 0
+        assert ("GPU memory" in capsys.readouterr().out) == there

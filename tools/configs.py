@@ -16,6 +16,7 @@ from pact_tune.backbones import TRANSFORMERS
 from pact_tune.config import refuse
 from pact_tune.errors import UserError
 from pact_tune.files import atomic_file
+from pact_tune.generation import device_here
 from pact_tune.hf.backbone import DTYPES, HFBackbone, plan, transformers_sizes
 from pact_tune.memory import GIB, estimate_memory
 from pact_tune.torchtune import launch, lora
@@ -155,7 +156,7 @@ def _validate(args: argparse.Namespace) -> None:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     print(f"{args.name} is well-formed.")
     print(f"Model: {sum(p.numel() for p in parameters):,} parameters, {trained:,} of them trained.")
-    if cfg.device != "cpu":
+    if device_here(cfg.device) != "cpu":
         sizes = [f"{processes} x {memory(cfg, model, processes) / GIB:.0f} GiB" for processes in (1, 2, 4, 8)]
         print(f"GPU memory for rows of {_tokens(cfg)} tokens, estimated by formula: {', '.join(sizes)}.")
 

@@ -18,6 +18,7 @@ from pact_tune.config import Count, Fraction, Number, PathText, Seed, Text, chec
 from pact_tune.errors import UserError, one_line, unknown_key, unknown_name
 from pact_tune.experiments import inputs
 from pact_tune.files import atomic_file, slug
+from pact_tune.generation import device_here
 from pact_tune.torchtune.config import (
     EXPERIMENT_ROOT,
     RECIPE,
@@ -261,8 +262,8 @@ class Experiment:
 
     @property
     def device(self) -> str:
-        """Of the first run; decides how processes are made."""
-        return self.runs_of(self.cases[0], self.methods[0], {})[0].device
+        """Of the first run, on this machine; decides how processes are made."""
+        return device_here(self.runs_of(self.cases[0], self.methods[0], {})[0].device)
 
     @property
     def tables(self) -> Path:

@@ -158,7 +158,7 @@ def align(places: Places, overrides: Iterable[str] = ()) -> None:
     """
     resume = (places.alignment / "recipe_state.pt").exists()
     _run(
-        "run", "pact_lora_finetune", "--config", "demo/pact_lora", "--method", "sft", f"checkpoint_dir={places.base}",
+        "run", "pact_lora_finetune", "--config", "demo/pact_lora", "--method", "sft", "device=auto", f"checkpoint_dir={places.base}",
         f"output_dir={places.alignment}", f"dataset.source={places.data / 'alignment.jsonl'}", *ALIGNMENT,
         "save_every_n_steps=20", f"resume_from_checkpoint={resume}", *overrides,
     )  # fmt: skip

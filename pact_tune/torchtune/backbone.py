@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from pact_tune.adapters import Finish
 from pact_tune.errors import UserError
+from pact_tune.generation import device_here
 from pact_tune.objectives.base import Context
 from pact_tune.torchtune import lora
 from pact_tune.torchtune.checkpoint import constants_of_model
@@ -25,10 +26,11 @@ def device_and_dtype(cfg: DictConfig) -> tuple[torch.device, torch.dtype]:
     Raises:
         UserError: not to be had here, or not supported.
     """
-    device = utils.get_device(cfg.device)
-    if device.type != torch.device(cfg.device).type:  # torchtune falls back to the CPU without a word
+    wanted = device_here(cfg.device)
+    device = utils.get_device(wanted)
+    if device.type != torch.device(wanted).type:  # torchtune falls back to the CPU without a word
         raise UserError(
-            f"device: {cfg.device} is not available here: set device: {device.type} (device={device.type} on the command line)."
+            f"device: {wanted} is not available here: set device: {device.type} (device={device.type} on the command line)."
         )
     try:
         dtype = training.get_dtype(cfg.dtype, device=device)
