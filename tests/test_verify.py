@@ -120,7 +120,7 @@ DAMAGE = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json' is missing"),
     "other tokenizer": (lambda d: (d / "tokenizer.json").write_text("garbage"), "tokenizer.json' is not"),
     "an adapter beside the weights": (lambda d: (d / "adapter_config.json").write_text("{}"), "was added after"),
-    "other base": (lambda d: stamped_anew(d, lambda s: s["reference"].update(fingerprint="0" * 32)), "name them with --base"),
+    "other base": (lambda d: stamped_anew(d, lambda s: s["reference"].update(fingerprint="0" * 32)), "name that one with --base"),
     "wrong merge, stamped": (lambda d: rewrite_and_stamp(d, "model.safetensors", scale_all), "is not its base with its adapter"),
     "other adapter, stamped": (lambda d: rewrite_and_stamp(d, ADAPTER, alter_first), "not the one that"),
     "NaN adapter, stamped": (lambda d: rewrite_and_stamp(d, ADAPTER, make_nan), "NaN or infinity"),

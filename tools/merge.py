@@ -62,7 +62,8 @@ def merge(adapter_folder: Path, base: str | None, output: Path) -> None:
     folder = ModelFolder(base or stamp["base"], "--base")
     if stamp and folder.weights_hash != stamp["reference"]["fingerprint"]:
         raise UserError(
-            f"The weights in '{folder.directory}' are not those that the adapter was trained on: name them with --base."
+            f"The model in '{folder.directory}' is not the one that the adapter was trained on (its weight files or its "
+            "config.json are others): name that one with --base."
         )
     renamed = stamp.get("renamed", {})  # modules that the checkpoint's files call otherwise than the model does
     adapter = {renamed.get(module, module): update for module, update in adapter.items()}

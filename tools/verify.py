@@ -99,7 +99,8 @@ def verify(
     folder = ModelFolder(base or stamp["base"], "--base")
     if folder.weights_hash != stamp["reference"]["fingerprint"]:
         raise UserError(
-            f"The weights in '{folder.directory}' are not those that the result was trained from: name them with --base."
+            f"The model in '{folder.directory}' is not the one that the result was trained from (its weight files or its "
+            "config.json are others): name that one with --base."
         )
     dtype = getattr(torch, stamp["reference"]["dtype"])
     # What the reference has in the place of the base's weights: with QLoRA, these through NF4 and back.
