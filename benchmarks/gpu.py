@@ -8,8 +8,8 @@ Two parts, each of which writes its CSV into the folder as it goes, so that a ru
     checks.csv    losses, cache, exports and the rest of what a run leaves, on the device against the CPU
     steps.csv     a step at true size, of everyone who makes it: time, weights, peak memory; and the filling of the cache
 
-`--story FILE` runs an experiment (docs/experiments.md), three seeds, in the time that is left, and keeps what it has where the
-file says; a file that has `device: auto`, such as smollm2_quick, trains on the GPU.
+`--story FILE` runs an experiment (docs/experiments.md), three seeds, in the time that is left, `--jobs` runs at a time, and keeps
+what it has where the file says; a file whose config has `device: auto`, such as smollm2_quick, trains on the GPU.
 What cannot be run fails, by name, and the rest goes on; the exit code is then 1. docs/performance.md says how to carry it to
 a machine without a network.
 """
@@ -452,24 +452,25 @@ def peak(device: str) -> float:
 # The story ---------------------------------------------------------------------------------------------------------------
 
 
-def run_story(file: str, deadline: float) -> list[str]:
+def run_story(options: argparse.Namespace, deadline: float) -> list[str]:
     """`pact experiment FILE`, three seeds, in the time that is left; what it has done by then is passed over by the next.
 
     Args:
-        file (str): a path, or a name that `pact ls` lists.
+        options (argparse.Namespace): `story`, a path or a name that `pact ls` lists, `jobs` and `device`.
         deadline (float): when it is ended.
 
     Returns:
         list[str]: what failed.
     """
+    file = options.story
     left = deadline - time.monotonic()
     if left <= 0:
         return [f"story: no time was left for {file}"]
-    jobs = max(1, (os.cpu_count() or 1) // 2)  # small networks leave most of a GPU to others
-    options = ["--seeds", "0", "1", "2", "--jobs", str(jobs)]
-    command = [sys.executable, "-m", "pact_tune.cli", "experiment", file, *options]
+    command = [sys.executable, "-m", "pact_tune.cli", "experiment", file]
+    command += ["--seeds", "0", "1", "2", "--jobs", str(options.jobs)]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
     try:
-        subprocess.run(command, check=True, timeout=left)
+        subprocess.run(command, check=True, timeout=left, env=os.environ | hidden)
     except subprocess.CalledProcessError as error:
         return [f"story: `pact experiment {file}` ended with {error.returncode}"]
     except subprocess.TimeoutExpired:
@@ -495,6 +496,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
     parser.add_argument("--story", metavar="FILE", help="an experiment to run last")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of the story at a time (SmolLM2: 8)")
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing is begun after so many")
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes
@@ -516,7 +518,7 @@ def main(argv: list[str] | None = None) -> int:
             failed += [f"{part}: {line}" for line in table.failed]
     if options.story:
         print(f"== story: {options.story}", flush=True)
-        failed += run_story(options.story, deadline)
+        failed += run_story(options, deadline)
     print("\n".join(["", f"{len(failed)} failed" if failed else "Everything ran, and every check was good.", *failed]))
     return 1 if failed else 0
 

@@ -193,7 +193,7 @@ class RecipeSettings:
     metric_logger: Section
     batch_size: Annotated[int, Field(ge=1, le=1_000_000)]
     epochs: Annotated[int, Field(ge=1, le=10_000)]
-    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d{1,3})?)$"), Field(description="cpu, cuda, xpu, npu, mps, or auto (a GPU where there is one)")]  # fmt: skip
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|(cuda|xpu|npu)(:\d{1,3})?)$"), Field(description="cpu, cuda, xpu, npu, mps, or auto (a CUDA GPU where there is one)")]  # fmt: skip
     dtype: Literal["bf16", "fp32"]
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"  # of LoRA's own weights; bf16 as in the released code
     checkpoint_dir: PathText | None = None  # read by other keys as ${checkpoint_dir}, not by the recipe

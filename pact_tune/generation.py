@@ -74,7 +74,7 @@ def default_device() -> str:
 
 
 def device_here(name: str) -> str:
-    """A config's ``device`` on this machine: "auto" is a GPU where there is one, else the CPU."""
+    """A config's ``device`` on this machine: "auto" is a CUDA GPU where there is one, else the CPU."""
     return default_device() if name == "auto" else name
 
 

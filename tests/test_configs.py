@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pact_tune import cli, hub, rows
 from pact_tune.families import network_of
+from pact_tune.generation import default_device
 from pact_tune.memory import GIB
 from pact_tune.tools.configs import check, load, memory
 from pact_tune.torchtune import from_checkpoint, lora
@@ -363,7 +364,9 @@ def test_a_method_that_is_not_there(capsys):
 
 def test_device_auto_is_a_gpu_where_there_is_one(monkeypatch, capsys):
     from pact_tune.experiments import plan
+    from pact_tune.torchtune.backbone import device_and_dtype
 
+    assert device_and_dtype(load("demo/pact_lora", ["device=auto"]))[0].type == default_device()
     for there, device in ((False, "cpu"), (True, "cuda")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
         assert plan.read("smollm2_quick").device == device

@@ -1,5 +1,6 @@
 """benchmarks/gpu.py on a CPU, every line of it: what it writes, and that nothing is passed over in silence."""
 
+import argparse
 import csv
 import time
 
@@ -83,7 +84,7 @@ def test_an_experiment_that_fails_or_is_cut_is_a_failure(tmp_path, monkeypatch, 
     assert gpu.main([*base, "no-such-story"]) == 1
     out, err = capfd.readouterr()
     assert "story: `pact experiment no-such-story` ended with 1" in out and "no-such-story" in err
-    cut = gpu.run_story("demo/overview", time.monotonic() + 1)
+    cut = gpu.run_story(argparse.Namespace(story="demo/overview", jobs=1, device="cpu"), time.monotonic() + 1)
     assert cut == ["story: `pact experiment demo/overview` was not done when the time was up"]
     monkeypatch.setattr(gpu.subprocess, "run", broken)
     assert gpu.main([*base, "demo/overview", "--minutes", "0"]) == 1
