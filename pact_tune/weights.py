@@ -142,6 +142,21 @@ class ModelFolder(Mapping[str, torch.Tensor]):
         """Hash of the weight files' bytes and of config.json: which model this is, whatever its folder is called."""
         return model_fingerprint(self.directory)
 
+    def check_start(self, stamp: Mapping[str, Any]) -> None:
+        """Makes sure that this is the model from which a result was trained.
+
+        Args:
+            stamp (Mapping[str, Any]): of the result.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if self.weights_hash != stamp["reference"]["fingerprint"]:
+            raise UserError(
+                f"The model in '{self.directory}' is not the one that the result was trained from (its weight files or its "
+                "config.json are others): name that one with --base."
+            )
+
     def copy_companions(self, folder: Path) -> None:
         """Copies configuration, tokenizer, licence and model card to another folder."""
         for name in COMPANIONS:

@@ -60,11 +60,8 @@ def merge(adapter_folder: Path, base: str | None, output: Path) -> None:
             f"'{adapter_folder}' does not say what it was trained on (no {STAMP_FILE}): name it with --base."
         )
     folder = ModelFolder(base or stamp["base"], "--base")
-    if stamp and folder.weights_hash != stamp["reference"]["fingerprint"]:
-        raise UserError(
-            f"The model in '{folder.directory}' is not the one that the adapter was trained on (its weight files or its "
-            "config.json are others): name that one with --base."
-        )
+    if stamp:
+        folder.check_start(stamp)
     renamed = stamp.get("renamed", {})  # modules that the checkpoint's files call otherwise than the model does
     adapter = {renamed.get(module, module): update for module, update in adapter.items()}
     check_fits(adapter, folder, str(adapter_folder))

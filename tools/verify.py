@@ -16,6 +16,7 @@ from pact_tune.conversations import Conversation, load_tokenizer
 from pact_tune.data import chat_dataset
 from pact_tune.errors import UserError
 from pact_tune.fingerprints import fingerprint
+from pact_tune.generation import default_device
 from pact_tune.log import progress
 from pact_tune.losses import token_kl
 from pact_tune.scoring import mean_by_range, response_logprobs
@@ -97,11 +98,7 @@ def verify(
         )
     check_files(directory, stamp)
     folder = ModelFolder(base or stamp["base"], "--base")
-    if folder.weights_hash != stamp["reference"]["fingerprint"]:
-        raise UserError(
-            f"The model in '{folder.directory}' is not the one that the result was trained from (its weight files or its "
-            "config.json are others): name that one with --base."
-        )
+    folder.check_start(stamp)
     dtype = getattr(torch, stamp["reference"]["dtype"])
     # What the reference has in the place of the base's weights: with QLoRA, these through NF4 and back.
     replaced = {
@@ -168,7 +165,6 @@ def _check_weights(directory: Path, stamp: dict[str, Any], *_: object) -> dict[s
 
 def _load(folder: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """A model in transformers, some of its weights replaced."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     # Eager attention is the only one that computes Gemma 2's soft-cap everywhere.
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation="eager", trust_remote_code=False
@@ -177,7 +173,7 @@ def _load(folder: Path, dtype: torch.dtype, weights: dict[str, torch.Tensor]) ->
     with torch.no_grad():
         for name, weight in weights.items():
             parameters[name].copy_(weight)
-    return model.to(device).eval()
+    return model.to(default_device()).eval()
 
 
 def _sample(
