@@ -14,6 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from pact_tune.conversations import Conversation
 from pact_tune.errors import UserError
 from pact_tune.fingerprints import file_digest
@@ -25,6 +28,13 @@ FORMAT = 2
 def data_fingerprint(conversations: Iterable[Conversation]) -> str:
     """Hash of tokenized training rows and their order: 32 hexadecimal digits."""
     return hashlib.blake2b(b"".join(c.key for c in conversations), digest_size=16).hexdigest()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What trains here: the GPU's name (of other devices their kind), the number of processes, torch's version."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    return {"device": name, "processes": processes, "torch": torch.__version__}
 
 
 def write_stamp(folder: Path, stamp: dict[str, Any]) -> None:

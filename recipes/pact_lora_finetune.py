@@ -41,7 +41,7 @@ from pact_tune.run_lock import claim_output
 from pact_tune.run_state import capture, load_state, restore, save_state
 from pact_tune.schedule import Schedule
 from pact_tune.signals import StopRequest
-from pact_tune.stamp import data_fingerprint
+from pact_tune.stamp import data_fingerprint, machine
 from pact_tune.torchtune.backbone import device_and_dtype
 from pact_tune.torchtune.config import read_command_line
 from pact_tune.version import __version__
@@ -394,6 +394,7 @@ class PACTLoRAFinetuneRecipe(FTRecipeInterface):
         """How the result was made, for pact.json."""
         return {
             "pact_tune": __version__,
+            "machine": machine(self.device),
             "epoch": epoch,
             "steps": self.global_step,
             "loss": self.objective.settings,

@@ -20,6 +20,7 @@ from pact_tune.errors import UserError
 from pact_tune.evaluation.records import read_analysis
 from pact_tune.hf import PACTTrainer, PACTTrainingConfig
 from pact_tune.objectives import Objective, sft
+from pact_tune.stamp import read_stamp
 from pact_tune.tools import verify
 
 OBJECTIVE = {"preset": "paper", "weighting": "uniform", "k": 10}
@@ -121,6 +122,7 @@ def test_evaluation_resumption_and_the_stamp(workspace, initial, tmp_path, capsy
     rows = ["--data", str(workspace / "rows.jsonl"), "--rows", "2"]
     for folder in (tmp_path / "whole" / "final", tmp_path / "whole" / "checkpoint-6"):
         assert verify.main([str(folder), *rows]) == 0
+    assert read_stamp(folder)["machine"]["processes"] == 1
     assert "was trained with the constraint 'pact'" in capsys.readouterr().out
     with pytest.raises(UserError, match="--data"):
         verify.main([str(tmp_path / "whole" / "final")])

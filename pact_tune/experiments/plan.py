@@ -260,7 +260,7 @@ class Experiment:
     def output(self) -> Path:
         return Path(self.settings["output_dir"])
 
-    @property
+    @functools.cached_property
     def device(self) -> str:
         """Of the first run, on this machine; decides how processes are made."""
         return device_here(self.runs_of(self.cases[0], self.methods[0], {})[0].device)

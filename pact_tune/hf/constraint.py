@@ -39,7 +39,7 @@ from pact_tune.hf.model import checkpoint_names, trained_parameters
 from pact_tune.log import logger
 from pact_tune.objectives.base import Context, Objective
 from pact_tune.reference.source import ReferenceSource
-from pact_tune.stamp import data_fingerprint, write_stamp
+from pact_tune.stamp import data_fingerprint, machine, write_stamp
 from pact_tune.version import __version__
 from pact_tune.weights import ModelFolder
 
@@ -435,6 +435,7 @@ class Constraint:
             folder,
             {
                 "pact_tune": __version__,
+                "machine": machine(causal_lm_of(self.model).device),
                 "trainer": trainer,
                 "steps": steps,
                 "loss": self.objective.settings,
