@@ -218,7 +218,9 @@ def test_two_processes_equal_one(tmp_path):
     merged = [load_file(tmp_path / name / "epoch_0" / "model.safetensors") for name in ("one", "two")]
     for name in merged[0]:
         torch.testing.assert_close(merged[0][name], merged[1][name], atol=1e-3, rtol=1e-3)
-    machines = [json.loads((tmp_path / name / "epoch_0" / "pact.json").read_text())["machine"] for name in ("one", "two")]
+    machines = [
+        json.loads((tmp_path / name / "epoch_0" / "pact.json").read_text())["machine"] for name in ("one", "two")
+    ]
     assert machines == [{"device": "cpu", "processes": n, "torch": torch.__version__} for n in (1, 2)]
 
 
