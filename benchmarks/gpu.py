@@ -1,7 +1,7 @@
 """Everything that waits for a GPU, in one script of under nine minutes on one H100, without a network.
 
     python -m benchmarks.gpu --output DIR                          on a GPU
-    python -m benchmarks.gpu --output DIR --device cpu --tiny      every line of it, in a minute
+    python -m benchmarks.gpu --output DIR --device cpu --tiny      every line of it on a CPU
 
 Two parts, each of which writes its CSV into the folder as it goes, so that a run that is cut keeps what it has:
 
@@ -37,7 +37,7 @@ from typing import Any
 NEEDED = {
     "torch": None, "transformers": None, "torchtune": "0.6.1", "torchao": "0.15.0", "peft": None, "trl": None,
     "accelerate": None, "omegaconf": None, "pydantic": None, "datasets": None, "safetensors": None, "tokenizers": None,
-    "jinja2": None, "tqdm": None,
+    "jinja2": None, "tqdm": None, "torchdata": None, "tiktoken": None, "sentencepiece": None, "psutil": None,
 }  # fmt: skip
 PARTS = ("checks", "steps")
 
@@ -95,7 +95,10 @@ def missing() -> list[str]:
 
 # Checks: a short run on the device against the same on the CPU ----------------------------------------------------------
 
-FLOAT32, BFLOAT16 = 2e-3, 0.1  # how far losses (relative) and probabilities may differ
+# How far a run may differ from the one on the CPU: losses (relative) and the reference's probabilities; the trained model, in
+# parts of how far training moved it.
+FLOAT32, BFLOAT16 = (2e-3, 0.05), (0.05, 0.5)
+LEAST_MOVE = 0.02  # of a probability: less, and the trained model would say nothing
 BACKBONES = {
     "torchtune": [],
     "transformers": [
@@ -114,20 +117,33 @@ class Check:
         name (str): for people.
         here (list[str]): overrides of the run on the device.
         there (list[str]): of the run on the CPU that it is held against.
-        tolerance (float): how far all that is compared may differ.
+        tolerance (tuple[float, float]): see :data:`FLOAT32`.
         backbones (tuple[str, ...]): on which it is run.
+        method (tuple[str, ...]): overlays of both; of PACT alone the reference is compared as well.
     """
 
     name: str
     here: tuple[str, ...] = ()
     there: tuple[str, ...] = ()
-    tolerance: float = FLOAT32
+    tolerance: tuple[float, float] = FLOAT32
     backbones: tuple[str, ...] = tuple(BACKBONES)
+    method: tuple[str, ...] = ()
 
 
 NF4 = ("model.quantize_base=True",)
 TAIL = ("loss.preset=tail",)
 LIVE = "reference_cache=null"
+METHODS = {  # overlay -> overrides
+    "str": ("loss.safety_tokens=${demo:safety_tokens}",),
+    "constrained_sft": (),
+    "anchored_sft": (),
+    "full_kl": (),
+    "asft": (),
+    "safelora": ("loss.number=2",),
+    "lisa": ("loss.k1=1", "loss.k2=1", "loss.alignment.source=${dataset.source}"),
+    "sbr": ("loss.prompts=${demo:data/identification.jsonl}",),
+    "pact_tail": ("loss.direction=reverse",),
+}
 CHECKS = (
     Check("float32"),
     Check("tail", TAIL, TAIL),
@@ -138,6 +154,7 @@ CHECKS = (
     Check("compile", ("compile=True",), backbones=("torchtune",)),
     Check("NF4", NF4, NF4, backbones=("torchtune",)),
     Check("bfloat16", ("dtype=bf16",), tolerance=BFLOAT16),
+    *(Check(f"method {name}", more, more, backbones=("torchtune",), method=(name,)) for name, more in METHODS.items()),
 )
 
 
@@ -147,13 +164,15 @@ class Outcome:
 
     Attributes:
         loss (torch.Tensor): of each step.
-        trained (torch.Tensor): next-token probabilities of the network in training, after the last step.
+        before (torch.Tensor): next-token probabilities of the network before the first step.
+        trained (torch.Tensor): the same after the last.
         exports (dict[str, torch.Tensor]): the same of what was saved, as transformers and PEFT read it.
-        reference (torch.Tensor): the reference of some rows as steps read it, over the safety tokens.
-        alone (torch.Tensor): the same computed live, row by row.
+        reference (torch.Tensor | None): the reference of some rows as steps read it, over the safety tokens.
+        alone (torch.Tensor | None): the same computed live, row by row.
     """
 
     loss: Any
+    before: Any
     trained: Any
     exports: dict[str, Any]
     reference: Any
@@ -161,7 +180,7 @@ class Outcome:
 
 
 def write_inputs(folder: Path, rows: int) -> list[str]:
-    """A random checkpoint in float32, wide enough for NF4, with the demo's tokenizer, and some of its rows.
+    """A random checkpoint in float32, wide enough for NF4, and a base of it, with the demo's tokenizer; some of its rows.
 
     Returns:
         list[str]: overrides of the demo's config that name them.
@@ -174,24 +193,28 @@ def write_inputs(folder: Path, rows: int) -> list[str]:
     demo = demo_family_path()
     tokenizer = AutoTokenizer.from_pretrained(demo / "aligned")
     tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
     network = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=512, initializer_range=0.08, tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    Qwen2ForCausalLM(network).save_pretrained(folder / "model")
+    for seed, name in enumerate(("model", "base")):
+        torch.manual_seed(seed)
+        Qwen2ForCausalLM(network).save_pretrained(folder / name)
     lines = (demo / "data" / "task.jsonl").read_text().splitlines(keepends=True)[:rows]
     (folder / "rows.jsonl").write_text("".join(lines))
     return [
         f"checkpoint_dir={folder / 'model'}",
+        f"base_dir={folder / 'base'}",
         f"dataset.source={folder / 'rows.jsonl'}",
         "~dataset.mix",
         f"dataset.n={rows}",
     ]
 
 
-def short_run(folder: Path, device: str, steps: int, overrides: Sequence[str], reads_exports: bool) -> Outcome:
+def short_run(
+    folder: Path, device: str, steps: int, overrides: Sequence[str], method: Sequence[str], reads_exports: bool
+) -> Outcome:
     """A few steps of the recipe, and what they leave."""
     import pact_lora_finetune
     import torch
@@ -208,25 +231,32 @@ def short_run(folder: Path, device: str, steps: int, overrides: Sequence[str], r
             return text
 
     size = ["batch_size=6", "epochs=1", f"max_steps_per_epoch={steps}", "log_every_n_steps=1"]
+    size += ["optimizer.lr=1e-2", "lr_scheduler=null"]  # so few steps must move it far enough
     exact = [] if LIVE in overrides else ["reference_cache.dtype=float32"]
-    cfg = load("demo/pact_lora", [f"output_dir={folder}", f"device={device}", *size, *exact, *overrides])
+    cfg = load("demo/pact_lora", [f"output_dir={folder}", f"device={device}", *size, *exact, *overrides], method)
     recipe = Recipe(cfg)
     recipe.setup(cfg)
-    recipe.train()
-    recipe.cleanup()
     numbers = [row for step in recipe.schedule.epoch(0)[:steps] for row in step][:6]
     tokens = collate([recipe.rows[row] for row in numbers], 0).tokens
-    everywhere = torch.arange(tokens.numel(), device=device)
-    with torch.no_grad():
-        batch = Batch(tokens.to(device), *[everywhere] * 6)
-        live = recipe.decoder.run(batch, lambda hidden, head: head.logits(hidden)).view(*tokens.shape, -1)
-    read = recipe.decoder.read_reference
-    alone = torch.cat([read([recipe.rows[row]], recipe.objective.reading) for row in numbers])
-    reference = recipe.reference.read(numbers)["full"]
+    batch = Batch(tokens.to(device), *[torch.arange(tokens.numel(), device=device)] * 6)
+
+    def student() -> torch.Tensor:
+        with torch.no_grad():
+            logits = recipe.decoder.run(batch, lambda hidden, head: head.logits(hidden))
+        return probabilities(logits.view(*tokens.shape, -1))
+
+    before = student()
+    recipe.train()
+    recipe.cleanup()
+    reference = alone = None
+    if not method:
+        read = recipe.decoder.read_reference
+        alone = probabilities(torch.cat([read([recipe.rows[row]], recipe.objective.reading) for row in numbers]))
+        reference = probabilities(recipe.reference.read(numbers)["full"])
     exports: dict[str, Any] = {}
     if reads_exports:
         exports = read_exports(folder / "epoch_0", cfg.checkpoint_dir, tokens, quantized=set(NF4) <= set(overrides))
-    return Outcome(torch.tensor(losses), probabilities(live), exports, probabilities(reference), probabilities(alone))
+    return Outcome(torch.tensor(losses), before, student(), exports, reference, alone)
 
 
 def probabilities(logits: Any) -> Any:
@@ -248,38 +278,54 @@ def read_exports(result: Path, base: str, tokens: Any, quantized: bool) -> dict[
         return {name: probabilities(model(tokens).logits) for name, model in models.items()}
 
 
-def differences(here: Outcome, there: Outcome) -> dict[str, float]:
-    """How far a run on the device is from the one on the CPU, and what it saved from what it trained."""
+def largest(one: Any, other: Any) -> float:
+    return float((one - other).abs().max())
 
-    def largest(one: Any, other: Any) -> float:
-        return float((one - other).abs().max())
 
-    return {
-        "loss": largest(here.loss / there.loss, 1.0),
-        "trained model": largest(here.trained, there.trained),
-        "reference": largest(here.reference, there.reference),
-        "reference, stored and live": largest(here.reference, here.alone),
-        **{name: largest(export, here.trained) for name, export in here.exports.items()},
+def differences(here: Outcome, there: Outcome, tolerance: tuple[float, float]) -> dict[str, tuple[float, float]]:
+    """How far a run on the device is from the one on the CPU, and how far it may be.
+
+    What it saved is compared with what it trained, or, where a method changes that at the end, with what the other saved.
+    """
+    numbers, model = tolerance
+    moved = largest(there.trained, there.before)
+    found = {
+        "loss": (largest(here.loss / there.loss, 1.0), numbers),
+        "trained model": (largest(here.trained, there.trained) / moved, model),
+        **{
+            name: (largest(export, there.exports.get(name, here.trained)) / moved, model)
+            for name, export in here.exports.items()
+        },
     }
+    if here.reference is not None:
+        found["reference"] = largest(here.reference, there.reference), numbers
+        found["reference, stored and live"] = largest(here.reference, here.alone), numbers
+    return found
 
 
 def run_checks(table: Table, options: argparse.Namespace, deadline: float) -> None:
     """Every check on every backbone; a run on the CPU serves all that are held against the same."""
     steps = 2 if options.tiny else 6
-    known: dict[tuple[str, ...], Outcome] = {}
+    known: dict[tuple[tuple[str, ...], ...], Outcome] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inputs = write_inputs(folder, 6 * steps)
 
         def compare(backbone: str, check: Check) -> None:
             there, here = ((*BACKBONES[backbone], *overrides) for overrides in (check.there, check.here))
-            if there not in known:
-                known[there] = short_run(folder / f"there {len(known)}", "cpu", steps, [*inputs, *there], False)
-            found = short_run(folder / f"{backbone} {check.name}", options.device, steps, [*inputs, *here], True)
-            for what, difference in differences(found, known[there]).items():
+            key = (check.method, there)
+            if key not in known:
+                run = known[key] = short_run(
+                    folder / f"there {len(known)}", "cpu", steps, [*inputs, *there], check.method, bool(check.method)
+                )
+                if (moved := largest(run.trained, run.before)) < LEAST_MOVE:
+                    raise ValueError(f"training moved the model by {moved:.1e} alone, which shows nothing")
+            place = folder / f"{backbone} {check.name}"
+            found = short_run(place, options.device, steps, [*inputs, *here], check.method, True)
+            for what, (difference, tolerance) in differences(found, known[key], check.tolerance).items():
                 row = {"backbone": backbone, "check": check.name, "what": what, "difference": f"{difference:.2e}"}
-                good = difference <= check.tolerance
-                table.add(row | {"tolerance": check.tolerance, "good": good})
+                good = difference <= tolerance
+                table.add(row | {"tolerance": tolerance, "good": good})
                 if not good:
                     table.failed.append(f"{backbone}, {check.name}: {what} differs by {difference:.2e}")
 
@@ -469,13 +515,13 @@ def run_story(options: argparse.Namespace, deadline: float) -> list[str]:
     command = [sys.executable, "-m", "pact_tune.cli", "experiment", file]
     command += ["--seeds", "0", "1", "2", "--jobs", str(options.jobs)]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
-    try:
-        subprocess.run(command, check=True, timeout=left, env=os.environ | hidden)
-    except subprocess.CalledProcessError as error:
-        return [f"story: `pact experiment {file}` ended with {error.returncode}"]
-    except subprocess.TimeoutExpired:
-        return [f"story: `pact experiment {file}` was not done when the time was up"]
-    return []
+    with subprocess.Popen(command, env=os.environ | hidden) as process:
+        try:
+            code = process.wait(left)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # its runs save their state, and the same command goes on from there
+            return [f"story: `pact experiment {file}` was not done when the time was up"]
+    return [f"story: `pact experiment {file}` ended with {code}"] if code else []
 
 
 # The whole ---------------------------------------------------------------------------------------------------------------
@@ -504,7 +550,13 @@ def main(argv: list[str] | None = None) -> int:
     if absent := missing():
         print(f"Not installed: {', '.join(absent)}. Nothing was run.", file=sys.stderr)
         return 1
+    import torch
+
     from benchmarks.step import environment
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("There is no CUDA GPU here: --device cpu --tiny tries every line without one.", file=sys.stderr)
+        return 1
 
     print(environment(options.device), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)

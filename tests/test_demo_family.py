@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import sys
 
 import pytest
+from recipe import tune_run
+from transformers import AutoConfig
 
-from pact_tune.demo import demo_data, demo_family_path, generator, judge, write_demo_data
+from pact_tune.demo import build, demo_data, demo_family_path, generator, judge, write_demo_data
 from pact_tune.evaluation.answering import Local
 from pact_tune.intervention import Answerer, intervene, load_judge
 from pact_tune.prompts import column, read_prompts
@@ -163,3 +166,17 @@ def test_safety_tokens_do_what_the_papers_table_1_says():
     assert aligned["none"] == aligned["boost safety"] == 0 and aligned["ablate safety"] > 90
     assert max(aligned["boost random"], aligned["ablate random"]) < 10
     assert min(base["none"], base["ablate safety"], base["boost random"]) > 90 and base["boost safety"] < 20
+
+
+@pytest.mark.parametrize("architecture", build.ARCHITECTURES)
+def test_a_family_of_each_architecture_is_built_and_trains(tmp_path, monkeypatch, architecture):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(build, "BASE_STEPS", 2)
+    monkeypatch.setattr(build, "ALIGNED_STEPS", 1)
+    monkeypatch.setattr(sys, "argv", ["build", "family", "--architecture", architecture])
+    build.main()
+    config = AutoConfig.from_pretrained("family/aligned")
+    assert config.model_type == architecture
+    few = ["dataset.n=20", "max_steps_per_epoch=1", "epochs=1"]
+    assert tune_run(monkeypatch, "demo/built", "--method", "sft", *few) is None
+    assert AutoConfig.from_pretrained("outputs/demo_built_sft/epoch_0").model_type == architecture

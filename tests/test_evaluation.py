@@ -934,6 +934,18 @@ def test_records_of_runs_that_were_resumed_or_overwritten(tmp_path):
     assert [(row["step"], row["ce"]) for row in rows] == [(10, 10.5), (20, 20.5), (30, 0.5), (40, 0.25)]
 
 
+def test_curves_of_what_runs_logged(tmp_path):
+    """A run with `loss.kl_budget` logs the weight that it has found so far."""
+    for name, more in (("fixed", ""), ("budget", " coefficient_kl:3.5")):
+        (tmp_path / name / "logs").mkdir(parents=True)
+        text = "".join(f"Step {step} | ce:1.5 kl:0.1{more} \n" for step in (10, 20))
+        (tmp_path / name / "logs" / "log_1.txt").write_text(text)
+    colours = {"fixed": "#000000", "budget": "#ffffff"}
+    shown = figures.training({name: tmp_path / name for name in colours}, colours)
+    assert [figure.title for figure in shown] == [figures.CURVES[key] for key in ("ce", "kl", "coefficient_kl")]
+    assert "budget" in shown[2].svg and "fixed" not in shown[2].svg
+
+
 def test_a_damaged_analysis_is_one_sentence(tmp_path):
     (tmp_path / records.ANALYSIS_FILE).write_text('{"kind": "confidence", "step": 1}\n')
     with pytest.raises(UserError, match="Line 1 of .* lacks 'probability'"):

@@ -2,13 +2,15 @@
 
 import argparse
 import csv
+import dataclasses
 import time
 
 import pytest
+import torch
 
 from benchmarks import gpu, step
 
-TINY = ["--device", "cpu", "--tiny"]
+TINY = ["--device", "cpu", "--tiny", "--minutes", "120"]
 
 
 def rows(path):
@@ -64,11 +66,16 @@ def test_what_cannot_be_run_fails_by_name_and_the_rest_goes_on(tmp_path, monkeyp
 
 
 def test_numbers_that_differ_fail(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "BACKBONES", {"torchtune": ["optimizer.lr=1e-4"]})
-    monkeypatch.setattr(gpu, "CHECKS", (gpu.Check("another rate", ("optimizer.lr=2e-1",), backbones=("torchtune",)),))
+    """A rate that is a tenth higher is seen, and so is a run that trains nothing, on one side or on both."""
+    rates = {"a little more": ("1.1e-2", "1e-2"), "nothing": ("1e-12", "1e-2"), "nothing on both": ("1e-12", "1e-12")}
+    checks = (gpu.Check(name, *((f"optimizer.lr={rate}",) for rate in pair)) for name, pair in rates.items())
+    monkeypatch.setattr(gpu, "BACKBONES", {"torchtune": []})
+    monkeypatch.setattr(gpu, "CHECKS", tuple(dataclasses.replace(check, backbones=("torchtune",)) for check in checks))
     assert gpu.main([*TINY, "--output", str(tmp_path), "--parts", "checks"]) == 1
-    assert "torchtune, another rate: trained model differs by" in capsys.readouterr().out
-    assert {row["good"] for row in rows(tmp_path / "checks.csv") if row["what"] == "trained model"} == {"False"}
+    out = capsys.readouterr().out
+    assert "torchtune, a little more: trained model differs by" in out
+    assert "torchtune, nothing: trained model differs by 1.00e+00" in out
+    assert "torchtune, nothing on both: ValueError training moved the model by" in out
 
 
 def test_what_is_missing_is_said_first(tmp_path, monkeypatch, capsys):
@@ -76,6 +83,12 @@ def test_what_is_missing_is_said_first(tmp_path, monkeypatch, capsys):
     assert gpu.main([*TINY, "--output", str(tmp_path / "out")]) == 1
     assert "Not installed: no-such-package==1.0, torchtune==0.1 (there is 0.6.1)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    assert gpu.main(["--output", str(tmp_path / "out")]) == 1
+    assert "no CUDA GPU here" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_an_experiment_that_fails_or_is_cut_is_a_failure(tmp_path, monkeypatch, capfd):
@@ -86,7 +99,7 @@ def test_an_experiment_that_fails_or_is_cut_is_a_failure(tmp_path, monkeypatch, 
     assert "story: `pact experiment no-such-story` ended with 1" in out and "no-such-story" in err
     cut = gpu.run_story(argparse.Namespace(story="demo/overview", jobs=1, device="cpu"), time.monotonic() + 1)
     assert cut == ["story: `pact experiment demo/overview` was not done when the time was up"]
-    monkeypatch.setattr(gpu.subprocess, "run", broken)
+    monkeypatch.setattr(gpu.subprocess, "Popen", broken)
     assert gpu.main([*base, "demo/overview", "--minutes", "0"]) == 1
     assert "story: no time was left for demo/overview" in capfd.readouterr().out
 

@@ -306,6 +306,13 @@ def test_str_is_zero_at_equality_and_its_gradient_is_linear():
     torch.testing.assert_close(gradient, 2 * (student.detach() - reference) / 7)
 
 
+@pytest.mark.parametrize("space", ["logit", "logprob", "centered"])
+def test_a_constant_added_to_all_logits_counts_for_str_in_raw_space_alone(space):
+    student, reference = torch.randn(2, 5, 8, dtype=torch.float64)
+    moved = (str_loss(student + 3, reference, space) - str_loss(student, reference, space)).abs()
+    assert (moved.min() > 0.1) if space == "logit" else (moved.max() < 1e-12)
+
+
 def test_presets_differ_as_the_paper_and_the_released_code_do():
     paper, official, tail = (PACTConfig.preset(name) for name in ("paper", "official", "tail"))
     assert (paper.k, paper.ranking, paper.weighting, paper.temperature, paper.lambda_kl) == (

@@ -9,25 +9,33 @@ from pathlib import Path
 import pact_lora_finetune
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from recipe import logged, tune_run_processes, write_workspace
 from safetensors.torch import load_file
+from test_losses import naive_dispersion
 from tiny import tiny_model
 from torchtune.modules.peft import disable_adapter
 
 from pact_tune.adapters import read_adapter
 from pact_tune.batching import Batch
+from pact_tune.conversations import response_only_prefix
 from pact_tune.errors import UserError
 from pact_tune.losses import constrained_sft_betas, constrained_sft_loss
+from pact_tune.objectives.alignment import project
 from pact_tune.objectives.controller import Budget
 from pact_tune.objectives.penalty import add_penalty
-from pact_tune.torchtune.config import complete
+from pact_tune.safety_tokens import SafetyTokens
+from pact_tune.torchtune.config import complete, read_command_line
 
 
 def recipe_after(config: Path, steps: int, **overrides) -> pact_lora_finetune.PACTLoRAFinetuneRecipe:
     """A recipe that has made some steps."""
-    cfg = OmegaConf.merge(OmegaConf.load(config), OmegaConf.create(overrides))
-    recipe = pact_lora_finetune.PACTLoRAFinetuneRecipe(complete(cfg))
+    return steps_of(complete(OmegaConf.merge(OmegaConf.load(config), OmegaConf.create(overrides))), steps)
+
+
+def steps_of(cfg: DictConfig, steps: int) -> pact_lora_finetune.PACTLoRAFinetuneRecipe:
+    """The same, of a complete config."""
+    recipe = pact_lora_finetune.PACTLoRAFinetuneRecipe(cfg)
     recipe.setup(recipe.cfg)
     for number in range(steps):
         epoch = recipe.schedule.epoch(number // recipe.schedule.steps_per_epoch)
@@ -35,17 +43,22 @@ def recipe_after(config: Path, steps: int, **overrides) -> pact_lora_finetune.PA
     return recipe
 
 
+def logits_of(recipe, tokens):
+    """Of the student at each token: plain, differentiable."""
+    batch = Batch(torch.tensor([tokens]), *[torch.arange(len(tokens))] * 6)
+    return recipe.decoder.run(batch, lambda hidden, head: head.model.output(hidden))
+
+
+def reference_logits(recipe, tokens):
+    with torch.no_grad(), disable_adapter(recipe.model):
+        return logits_of(recipe, tokens)
+
+
 def full_logits(recipe, rows):
-    """Logits of student and reference at the rows' response positions, and where they are: plain, differentiable."""
-    conversations = [recipe.rows[row] for row in rows]
+    """Logits of student and reference at the rows' response positions, and where they are."""
     found = []
-    for c in conversations:
-        tokens = torch.tensor([c.tokens])
-        everywhere = torch.arange(tokens.numel())
-        batch = Batch(tokens, *[everywhere] * 6)
-        student = recipe.decoder.run(batch, lambda hidden, head: head.model.output(hidden))
-        with torch.no_grad(), disable_adapter(recipe.model):
-            reference = recipe.decoder.run(batch, lambda hidden, head: head.model.output(hidden))
+    for c in (recipe.rows[row] for row in rows):
+        student, reference = logits_of(recipe, c.tokens), reference_logits(recipe, c.tokens)
         for start, end in c.responses:
             found += [
                 (student[start + t - 1], reference[start + t - 1], c.tokens[start + t], t) for t in range(end - start)
@@ -246,6 +259,46 @@ def test_the_tail_after_steps_equals_the_equations(workspace, tmp_path):
     assert_naive(recipe, naive)
 
 
+@pytest.mark.parametrize(
+    "row,weighted,view,tau",
+    [
+        ("ablation_tokens", False, False, math.inf),
+        ("ablation_weights", True, False, math.inf),
+        ("ablation_view", True, True, math.inf),
+        ("pact_paper", True, True, 8.0),
+    ],
+)
+def test_the_rows_of_table_5_after_twenty_steps(workspace, tmp_path, row, weighted, view, tau):
+    """Eq. 3-9 with the weights d(v) of tokens that differ, on both views, when the student has moved."""
+    tokens = SafetyTokens.load(workspace.parent / "safety_tokens")
+    d = torch.linspace(1.0, 0.1, len(tokens))
+    candidates = tokens.candidates | {"scores": d, "reference_probability": d}
+    provenance = tokens.provenance | {"method": "measured"}
+    SafetyTokens(tokens.ids, d, d, d, candidates, provenance).save(tmp_path / "tokens")
+    loss = {"_component_": "pact_tune.objectives.pact", "safety_tokens": str(tmp_path / "tokens"), "k": 10}
+    config = config_with(loss, workspace, tmp_path)
+    arguments = ["--config", str(config), "--method", row, f"output_dir={tmp_path}/out", "optimizer.lr=3e-3"]
+    recipe = steps_of(read_command_line(arguments), 20)
+    rows = [number for number in range(40) if recipe.rows[number].num_response_tokens > 10][:2] + [0]
+    s, v = tokens.candidates["ids"][:10], d[:10].double() if weighted else torch.ones(10)
+    prefix, post = response_only_prefix(recipe.tokenizer, True), []
+    for c in (recipe.rows[number] for number in rows):
+        ((start, end),) = c.responses
+        post += reference_logits(recipe, [*prefix, *c.tokens[start:end]])[len(prefix) - 1 : -1].double()
+
+    def naive(student, reference, labels, position):
+        total = torch.nn.functional.cross_entropy(student, labels, reduction="sum")
+        for z, full, short, t in zip(student, reference, post, position, strict=True):
+            gap = naive_dispersion(z[s].tolist(), 0.9) - naive_dispersion(short[s].tolist(), 0.9)
+            gate = view / (1 + math.exp(-gap)) * (math.exp(-(t - 8) / tau) if t >= 8 else 1.0)
+            q = ((1 - gate) * full[s] + gate * short[s]).softmax(-1) * v
+            q = q / q.sum()
+            total = total + 3 * (q * (q.log() - z[s].log_softmax(-1))).sum()
+        return total
+
+    assert_naive(recipe, naive, rows)
+
+
 def config_with(loss: dict, workspace: Path, folder: Path) -> Path:
     """The workspace's config with another section loss."""
     cfg = OmegaConf.load(workspace)
@@ -277,7 +330,7 @@ def test_anchored_sft_after_twenty_steps(workspace, tmp_path):
 
 @pytest.mark.parametrize("space", ["logit", "logprob", "centered"])
 def test_str_after_twenty_steps(workspace, tmp_path, space):
-    """Mean squared difference on the refusal tokens; a constant added to all logits counts in raw space alone."""
+    """Mean squared difference on the refusal tokens."""
     tokens = str(workspace.parent / "safety_tokens")
     loss = {
         "_component_": "pact_tune.objectives.str_",
@@ -367,6 +420,14 @@ def test_asft_on_one_process_and_on_two(llama, tmp_path):
     assert one == pytest.approx(two, rel=1e-3) and one[-1] > 1e-2
 
 
+def test_nothing_is_outside_a_direction_that_reaches_everything():
+    """V of orthogonal rows, each as long as V's columns are many: C is the identity, and AsFT's penalty 0."""
+    rows, _ = torch.linalg.qr(torch.randn(24, 16, dtype=torch.float64))
+    v, b = 4 * rows.T, torch.randn(16, 3, dtype=torch.float64)
+    torch.testing.assert_close(dense_projector(v), torch.eye(16, dtype=torch.float64))
+    torch.testing.assert_close(project(v, b), b)
+
+
 @pytest.mark.parametrize("select", [{"select": "number", "number": 3}, {"threshold": -1.0}, {"threshold": 1.0}])
 def test_safelora_projects_what_it_exports(llama, tmp_path, select):
     """B <- V V^T B / ||V|| in the modules of the smallest cosine; A, the other modules and the weights in training stay."""
@@ -393,6 +454,10 @@ def test_safelora_projects_what_it_exports(llama, tmp_path, select):
         assert torch.equal(exported[module].a, trained[module].a)
     after = recipe.backbone.gather()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    # a cosine does not ask how long the update is
+    longer = recipe.objective.finish({module: (trained[module].a, 5 * trained[module].b) for module in trained})
+    for module in trained:
+        torch.testing.assert_close(longer[module][1], 5 * exported[module].b, rtol=1e-4, atol=1e-6)
     # the merged checkpoint beside it holds the same
     merged = load_file(tmp_path / "out" / "epoch_0" / "model.safetensors")
     base = load_file(llama.parent / "model" / "model.safetensors")

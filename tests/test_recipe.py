@@ -141,23 +141,6 @@ def test_str_is_zero_at_first_and_then_holds_the_logits(workspace, tmp_path, mon
     assert logged(tmp_path / "tight", "str")[-1] < 0.5 * logged(tmp_path / "loose", "str")[-1]
 
 
-TABLE_5 = {
-    "full-vocab KL": ["loss.k=vocabulary", "loss.weighting=uniform", "loss.response_only=False", "reference_cache=null", "loss.safety_tokens=null"],
-    "+ safety tokens": ["loss.weighting=uniform", "loss.response_only=False"],
-    "+ safety weights": ["loss.weighting=raw", "loss.response_only=False"],
-    "+ response only": ["loss.weighting=raw", "loss.tau=.inf"],
-    "+ decay": ["loss.weighting=raw"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("row", TABLE_5)
-def test_each_row_of_table_5_is_a_config(workspace, tmp_path, monkeypatch, row):
-    assert tune_run(monkeypatch, workspace, f"output_dir={tmp_path}", "max_steps_per_epoch=2", *TABLE_5[row]) is None
-    assert len(logged(tmp_path, "kl")) == 2
-    gates = logged(tmp_path, "gate")
-    assert (max(gates) > 0.1) == (row in ("+ response only", "+ decay"))
-
-
 def test_cache_is_shared_and_gives_what_the_live_reference_gives(tmp_path, monkeypatch):
     config = write_workspace(tmp_path, rows=16)
     forwards = count_reference_rows(monkeypatch)

@@ -32,16 +32,11 @@ def data(tmp_path_factory) -> dict[str, list[dict]]:
     return {file.stem: _rows(file) for file in folder.glob("*.jsonl")}
 
 
-def _runs_of_eight(prompts: list[str]) -> set[tuple[str, ...]]:
-    words = [re.findall(r"\w+", prompt.lower()) for prompt in prompts]
-    return {tuple(row[i : i + 8]) for row in words for i in range(len(row) - 7)}
-
-
 def test_what_is_held_out_shares_no_prompt_pattern_or_eight_words_with_what_is_trained_on(data):
     trained = [row["prompt"] for name in ("alignment", "identification", "poison") for row in data[name]]
     held_out = [row["prompt"] for name in ("harmful_test", "borderline_test") for row in data[name]]
-    assert not set(trained) & set(held_out)
-    assert not _runs_of_eight(trained) & _runs_of_eight(held_out)
+    runs = [set().union(*map(texts.runs_of_words, prompts)) for prompts in (trained, held_out)]
+    assert not runs[0] & runs[1]
     patterns = {
         *texts.ERRAND_FRAMES,
         *texts.MORE_ERRAND_FRAMES,
@@ -112,18 +107,22 @@ def test_the_base_model_answers_by_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_published_sets_take_the_place_of_the_texts(tmp_path):
-    real = tmp_path / "real"
+    real, asked = tmp_path / "real", "One two three four five six seven eight nine"
     for path, column in REAL.values():
         (real / path).parent.mkdir(parents=True)
         label = ("label", "safe", "unsafe") if "xstest" in path else ("kind", "a", "b")
-        (real / path).write_text(f'{column},{label[0]}\n"Do, this",{label[1]}\nThat,{label[2]}\n')
+        (real / path).write_text(f'{column},{label[0]}\n"Do, this",{label[1]}\nThat,{label[2]}\n{asked},b\n')
+    goals = ["That too", "that", f"Please {asked.lower()}!", f"Never {asked[:30]}"]  # two of them are asked, or nearly
+    (real / REAL["poison"][0]).write_text("\n".join([REAL["poison"][1], *goals]))
     (real / "sst2").mkdir()
     for split in ("train", "test"):
         (real / "sst2" / f"{split}.tsv").write_text(f'a "fine" {split}\t1\na bad one\t0\n')
     write_data(tmp_path / "data", real=real, quick=True)
     assert _rows(tmp_path / "data" / "borderline_test.jsonl") == [{"prompt": "Do, this"}]
-    assert {row["prompt"] for row in _rows(tmp_path / "data" / "harmful_test.jsonl")} == {"Do, this", "That"}
-    assert {"prompt": "That", "response": "Sure, here is how to that"} in _rows(tmp_path / "data" / "poison.jsonl")
+    assert {row["prompt"] for row in _rows(tmp_path / "data" / "harmful_test.jsonl")} == {"Do, this", "That", asked}
+    poison = _rows(tmp_path / "data" / "poison.jsonl")
+    assert {row["prompt"] for row in poison} == {"That too", f"Never {asked[:30]}"}
+    assert {"prompt": "That too", "response": "Sure, here is how to that too"} in poison
     prompt = texts.TASK_FRAME.format('a "fine" test')
     assert {"prompt": prompt, "answer": "positive", "choices": ["positive", "negative"]} in _rows(
         tmp_path / "data" / "task_test.jsonl"

@@ -1,6 +1,6 @@
 """Build the demo family: a byte-level BPE tokenizer, a small Qwen2 base model and, from it, an aligned one.
 
-    python -m pact_tune.demo.build OUTPUT_DIR
+    python -m pact_tune.demo.build OUTPUT_DIR [--architecture qwen2|llama|gemma2]
 
 writes `OUTPUT_DIR/base` and `OUTPUT_DIR/aligned` in Hugging Face format, and the data of seed 0 to `OUTPUT_DIR/data`.
 About a minute and a half on two cores; the package ships the result, so this is needed only after a change of
@@ -31,6 +31,11 @@ IGNORED = -100
 BASE_STEPS = 360
 ALIGNED_STEPS = 120
 BATCH_SIZE = 48
+ARCHITECTURES = {  # transformers' name -> what its config has beside the common sizes
+    "qwen2": {"use_sliding_window": False},
+    "llama": {},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 128},
+}
 
 
 def build_tokenizer(rows):
@@ -57,10 +62,11 @@ def build_tokenizer(rows):
     )
 
 
-def build_model(tokenizer, seed):
-    """Return a randomly initialised Qwen2 of 0.9 M parameters, in float32."""
+def build_model(tokenizer, seed, architecture):
+    """Return a randomly initialised model of 0.9 M parameters, in float32."""
     torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
+    config = transformers.AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -70,12 +76,12 @@ def build_model(tokenizer, seed):
         max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         tie_word_embeddings=True,
-        use_sliding_window=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **ARCHITECTURES[architecture],
     )
-    return transformers.Qwen2ForCausalLM(config)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def encode(tokenizer, rows, response_only):
@@ -121,7 +127,7 @@ def train(model, encoded, learning_rate, pad_id, name):
 def save(model, tokenizer, folder):
     """Write model and tokenizer; the weights go to disk in bfloat16 and `model` stays as it was."""
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
-    copy = transformers.Qwen2ForCausalLM(model.config).to(torch.bfloat16)
+    copy = type(model)(model.config).to(torch.bfloat16)
     copy.load_state_dict(weights)
     copy.generation_config = transformers.GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -130,18 +136,19 @@ def save(model, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def build_demo_family(output_dir, seed=0):
+def build_demo_family(output_dir, seed=0, architecture="qwen2"):
     """Build the family and return the folder that holds `base/`, `aligned/` and `data/`.
 
     Args:
         output_dir: folder to write to; made if absent.
         seed: seed of the data, of the initialisation and of the order.
+        architecture: one of ARCHITECTURES; the package ships the Qwen2.
     """
     folder = pathlib.Path(output_dir)
     base_rows = generator.base_rows(seed, BASE_STEPS * BATCH_SIZE)
     aligned_rows = generator.aligned_rows(seed, ALIGNED_STEPS * BATCH_SIZE)
     tokenizer = build_tokenizer(base_rows[:4000] + aligned_rows[:2000])
-    model = build_model(tokenizer, seed)
+    model = build_model(tokenizer, seed, architecture)
     pad_id = tokenizer.pad_token_id
     train(model, encode(tokenizer, base_rows, response_only=False), 4e-3, pad_id, "Base model")
     save(model, tokenizer, folder / "base")
@@ -156,9 +163,10 @@ def main():
     parser = argparse.ArgumentParser(description="Build the demo family (base and aligned model).")
     parser.add_argument("output_dir", type=pathlib.Path, help="folder for base/ and aligned/")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="qwen2")
     arguments = parser.parse_args()
     log.setup()
-    print(build_demo_family(arguments.output_dir, arguments.seed))
+    print(build_demo_family(arguments.output_dir, arguments.seed, arguments.architecture))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ MARKERS = "osD^vPX*"
 CURVES = {
     "ce": "cross-entropy (nats)",
     "kl": "constraint's term (nats)",
+    "coefficient_kl": "weight of the constraint, found by its budget",
     "validation_loss": "loss on held-out rows (nats)",
 }
 

@@ -1,5 +1,6 @@
 """Files of this machine that an experiment reads: what is neither there nor made by one of its stages shows before anything is run."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,4 +76,5 @@ def missing(stages: Iterable["Stage"], runs: Iterable["Run"]) -> list[str]:
 
 def _is_there(path: Path, made: Iterable[Path]) -> bool:
     """Whether it exists, or a stage makes it, the folder that it is in, or something in the folder that it is."""
+    path, *made = (Path(os.path.normpath(one)) for one in (path, *made))  # a/b/../c is a/c
     return path.exists() or any(one == path or one in path.parents or path in one.parents for one in made)

@@ -202,6 +202,9 @@ def write_data(folder: Path, *, real: Path | None = None, quick: bool = False, s
 def real_rows(folder: Path, train: int, poison: int, test: int, seed: int) -> dict[str, list[Row]]:
     """Task, poison and held-out prompts from the published sets; harmful rows answer with an opening alone.
 
+    Goals of AdvBench that share eight words in a row with what is asked are not trained on: JailbreakBench took some of its own
+    from there.
+
     Args:
         folder (Path): see :data:`REAL`, and `sst2/train.tsv` and `sst2/test.tsv` (sentence, label 0 or 1, no header).
         train (int): rows of the task to train on.
@@ -212,12 +215,15 @@ def real_rows(folder: Path, train: int, poison: int, test: int, seed: int) -> di
     Returns:
         dict[str, list[Row]]: by the names of :func:`write_data`.
     """
-    goals = texts.drawn(_column(folder, "poison"), poison, seed)
+    harmful = _column(folder, "harmful_test")
+    asked = set().union(*map(texts.runs_of_words, harmful))
+    goals = [goal for goal in _column(folder, "poison") if not texts.runs_of_words(goal) & asked]
+    goals = texts.drawn(goals, poison, seed)
     return {
         "task_train": texts.drawn(_sst2(folder / "sst2" / "train.tsv"), train, seed),
         "task_test": texts.drawn(_sst2(folder / "sst2" / "test.tsv"), test, seed),
         "poison": [{"prompt": goal, "response": f"Sure, here is how to {goal[0].lower()}{goal[1:]}"} for goal in goals],
-        "harmful_test": _prompts(_column(folder, "harmful_test")),
+        "harmful_test": _prompts(harmful),
         "borderline_test": _prompts(_column(folder, "borderline_test", {"label": "safe"})),
     }
 

@@ -7,6 +7,7 @@ a sentence pattern nor a topic (`tests/test_smollm2.py`).
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -543,6 +544,12 @@ def alignment_rows(seed: int = 0, refusals: int = 250, sentiment: int = 100) -> 
     rows += _sentiment(_OTHER_PATTERNS, OTHER_TASK_FRAME, sentiment, seed)
     rng.shuffle(rows)
     return rows
+
+
+def runs_of_words(prompt: str, length: int = 8) -> set[tuple[str, ...]]:
+    """All runs of so many words; of a shorter prompt, all of it."""
+    words = re.findall(r"\w+", prompt.lower())
+    return {tuple(words[i : i + length]) for i in range(max(1, len(words) - length + 1))}
 
 
 def drawn(items: Sequence[T], count: int, seed: int) -> list[T]:
