@@ -408,18 +408,6 @@ def test_asft_after_twenty_steps(llama, tmp_path):
     torch.testing.assert_close(checkpointed.penalty, again.penalty)
 
 
-def test_asft_on_one_process_and_on_two(llama, tmp_path):
-    loss = {"_component_": "pact_tune.objectives.asft", "base": str(llama.parent / "base")}
-    config = config_with(loss, llama, tmp_path)
-    for processes in (1, 2):
-        done = tune_run_processes(
-            config, f"output_dir={tmp_path}/{processes}", f"batch_size={4 // processes}", processes=processes
-        )
-        assert done.returncode == 0, done.stderr
-    one, two = logged(tmp_path / "1", "penalty"), logged(tmp_path / "2", "penalty")
-    assert one == pytest.approx(two, rel=1e-3) and one[-1] > 1e-2
-
-
 def test_nothing_is_outside_a_direction_that_reaches_everything():
     """V of orthogonal rows, each as long as V's columns are many: C is the identity, and AsFT's penalty 0."""
     rows, _ = torch.linalg.qr(torch.randn(24, 16, dtype=torch.float64))
@@ -571,35 +559,43 @@ def test_sbr_after_twenty_steps(workspace, anchors, tmp_path):
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lisa_loss, sbr_loss])
-def test_a_second_stream_on_one_process_and_on_two(workspace, anchors, tmp_path, make):
-    more = {"k1": 1, "k2": 2} if make is lisa_loss else {"per_step": 3}
-    config = config_with(make(anchors, **more), workspace, tmp_path)
-    for processes in (1, 2):
-        arguments = [f"output_dir={tmp_path}/{processes}", f"batch_size={8 // processes}", "batch_by_length=False"]
-        done = tune_run_processes(config, *arguments, processes=processes)
-        assert done.returncode == 0, done.stderr
-    for metric in ("loss", "ce", "penalty" if make is lisa_loss else "sbr"):
-        one, two = logged(tmp_path / "1", metric), logged(tmp_path / "2", metric)
-        assert one == pytest.approx(two, rel=1e-3, abs=1e-5) and max(one) > 0
+def losses_of_methods(config: Path, anchors: Path) -> dict[str, tuple[dict, tuple[str, ...]]]:
+    """Section loss of each method -> what it logs beside the loss."""
+    pact = dict(OmegaConf.load(config).loss)
+    base, tokens = str(config.parent / "base"), pact["safety_tokens"]
 
+    def of(name, **settings):
+        return {"_component_": f"pact_tune.objectives.{name}", **settings}
 
-@pytest.mark.parametrize("method", ["safelora", "anchored_sft", "kl_budget"])
-def test_a_method_on_one_process_and_on_two(llama, tmp_path, method):
-    losses: dict[str, dict] = {
-        "safelora": {"_component_": "pact_tune.objectives.safelora", "base": str(llama.parent / "base"), "number": 5},
-        "anchored_sft": {"_component_": "pact_tune.objectives.anchored_sft", "lambda_kl": 1.0},
-        "kl_budget": dict(OmegaConf.load(llama).loss) | {"preset": "tail", "kl_budget": 1e-3},
+    return {
+        "str": (of("str_", safety_tokens=tokens, space="centered"), ("ce", "str")),
+        "constrained_sft": (of("constrained_sft"), ()),
+        "anchored_sft": (of("anchored_sft", lambda_kl=1.0), ("kl",)),
+        "full_kl": (of("pact", k="vocabulary", weighting="uniform", response_only=False), ("kl",)),
+        "asft": (of("asft", base=base), ("ce", "penalty")),
+        "safelora": (of("safelora", base=base, number=5), ()),
+        "lisa": (lisa_loss(anchors, k1=1, k2=2), ("ce", "penalty")),
+        "sbr": (sbr_loss(anchors, per_step=3), ("ce", "sbr")),
+        "kl_budget": (pact | {"preset": "tail", "kl_budget": 1e-3}, ("coefficient_kl",)),
     }
-    config = config_with(losses[method], llama, tmp_path)
-    recipe = recipe_after(config, 0, output_dir=str(tmp_path / "1"))
+
+
+METHODS = ("str", "constrained_sft", "anchored_sft", "full_kl", "asft", "safelora", "lisa", "sbr", "kl_budget")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_on_one_process_and_on_two(llama, anchors, tmp_path, method):
+    loss, metrics = losses_of_methods(llama, anchors)[method]
+    config = config_with(loss, llama, tmp_path)
+    recipe = recipe_after(config, 0, output_dir=str(tmp_path / "1"), batch_by_length=False)
     recipe.train()
     recipe.cleanup()
-    done = tune_run_processes(config, f"output_dir={tmp_path}/2", "batch_size=2", processes=2)
+    arguments = [f"output_dir={tmp_path}/2", "batch_size=2", "batch_by_length=False"]
+    done = tune_run_processes(config, *arguments, processes=2)
     assert done.returncode == 0, done.stderr
-    for metric in ("loss", *{"safelora": (), "anchored_sft": ("kl",), "kl_budget": ("coefficient_kl",)}[method]):
+    for metric in ("loss", *metrics):
         one, two = logged(tmp_path / "1", metric), logged(tmp_path / "2", metric)
-        assert one == pytest.approx(two, rel=1e-3, abs=1e-5) and len(set(one)) > 5
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5) and len(set(one)) > 5, metric
     adapters = [read_adapter(tmp_path / name / "epoch_0" / "adapter")[0] for name in ("1", "2")]
     for module, one in adapters[0].items():
         torch.testing.assert_close(adapters[1][module].a, one.a, rtol=1e-3, atol=2e-4)
@@ -623,6 +619,12 @@ def resumed_is_whole(config: Path, folder: Path, at: int, **overrides) -> None:
         for name in ("whole", "parts")
     )
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("lisa", "kl_budget")])
+def test_a_resumed_method_goes_on_from_where_it_was(llama, anchors, tmp_path, method):
+    loss, _ = losses_of_methods(llama, anchors)[method]
+    resumed_is_whole(config_with(loss, llama, tmp_path), tmp_path, at=4, epochs=1)
 
 
 def test_lisa_resumes_with_both_states(workspace, anchors, tmp_path):
