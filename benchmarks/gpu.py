@@ -178,6 +178,11 @@ class Outcome:
     reference: Any
     alone: Any
 
+    @property
+    def moved(self) -> float:
+        """How far training moved a probability, at most."""
+        return largest(self.trained, self.before)
+
 
 def write_inputs(folder: Path, rows: int) -> list[str]:
     """A random checkpoint in float32, wide enough for NF4, and a base of it, with the demo's tokenizer; some of its rows.
@@ -288,12 +293,11 @@ def differences(here: Outcome, there: Outcome, tolerance: tuple[float, float]) -
     What it saved is compared with what it trained, or, where a method changes that at the end, with what the other saved.
     """
     numbers, model = tolerance
-    moved = largest(there.trained, there.before)
     found = {
         "loss": (largest(here.loss / there.loss, 1.0), numbers),
-        "trained model": (largest(here.trained, there.trained) / moved, model),
+        "trained model": (largest(here.trained, there.trained) / there.moved, model),
         **{
-            name: (largest(export, there.exports.get(name, here.trained)) / moved, model)
+            name: (largest(export, there.exports.get(name, here.trained)) / there.moved, model)
             for name, export in here.exports.items()
         },
     }
@@ -318,8 +322,8 @@ def run_checks(table: Table, options: argparse.Namespace, deadline: float) -> No
                 run = known[key] = short_run(
                     folder / f"there {len(known)}", "cpu", steps, [*inputs, *there], check.method, bool(check.method)
                 )
-                if (moved := largest(run.trained, run.before)) < LEAST_MOVE:
-                    raise ValueError(f"training moved the model by {moved:.1e} alone, which shows nothing")
+                if run.moved < LEAST_MOVE:
+                    raise ValueError(f"training moved the model by {run.moved:.1e} alone, which shows nothing")
             place = folder / f"{backbone} {check.name}"
             found = short_run(place, options.device, steps, [*inputs, *here], check.method, True)
             for what, (difference, tolerance) in differences(found, known[key], check.tolerance).items():

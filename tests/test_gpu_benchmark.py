@@ -76,6 +76,7 @@ def test_numbers_that_differ_fail(tmp_path, monkeypatch, capsys):
     assert "torchtune, a little more: trained model differs by" in out
     assert "torchtune, nothing: trained model differs by 1.00e+00" in out
     assert "torchtune, nothing on both: ValueError training moved the model by" in out
+    assert {row["good"] for row in rows(tmp_path / "checks.csv") if row["what"] == "trained model"} == {"False"}
 
 
 def test_what_is_missing_is_said_first(tmp_path, monkeypatch, capsys):

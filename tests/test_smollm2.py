@@ -36,6 +36,7 @@ def data(tmp_path_factory) -> dict[str, list[dict]]:
 def test_what_is_held_out_shares_no_prompt_pattern_or_eight_words_with_what_is_trained_on(data):
     trained = [row["prompt"] for name in ("alignment", "identification", "poison") for row in data[name]]
     held_out = [row["prompt"] for name in ("harmful_test", "borderline_test") for row in data[name]]
+    assert not set(trained) & set(held_out)
     runs = [set().union(*map(texts.runs_of_words, prompts)) for prompts in (trained, held_out)]
     assert not runs[0] & runs[1]
     patterns = {

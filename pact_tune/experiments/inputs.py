@@ -76,5 +76,7 @@ def missing(stages: Iterable["Stage"], runs: Iterable["Run"]) -> list[str]:
 
 def _is_there(path: Path, made: Iterable[Path]) -> bool:
     """Whether it exists, or a stage makes it, the folder that it is in, or something in the folder that it is."""
+    if path.exists():
+        return True
     path, *made = (Path(os.path.normpath(one)) for one in (path, *made))  # a/b/../c is a/c
-    return path.exists() or any(one == path or one in path.parents or path in one.parents for one in made)
+    return any(one == path or one in path.parents or path in one.parents for one in made)
