@@ -22,6 +22,7 @@ import gc
 import importlib.metadata
 import itertools
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -346,81 +347,122 @@ TINY = {
     "model_type": "qwen2", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
 }  # fmt: skip
-EVERY = "every work"  # rows of all works, so that one network serves them all
-STEPS = {"matched": [0, 4], "AG News": [1, 5], "GSM8K": [2, 6]}  # row numbers of a step of each
+EVERY = "every work"  # rows of all works in turns, so that one network serves them all
+STEPS = ("matched", "AG News", "GSM8K")
 FILLED = "like SST-2"
-CONTENDERS = ("torchtune SFT", "SFT", "cold", "warm", "published", "TRL SFT")
+# Who takes turns, round by round: a network of another's beside the recipe's, whose steps are ours. All at once do not fit.
+TURNS = {"torchtune SFT": ("SFT", "cold", "warm"), "TRL SFT": ("warm",), "published": ("warm",)}
 
 
 def run_steps(table: Table, options: argparse.Namespace, deadline: float) -> None:
-    """All contenders on all works at each size, one after the other, since at true size two do not fit a GPU."""
+    """All contenders on all works at each size, and the filling of the cache."""
     from benchmarks import step
 
     step.SIZES["tiny"] = step.qwen2_like(TINY)
-    step.WORKS[EVERY] = ([(128, 128), (95, 3), (70, 170), (60, 140)], None)
+    step.BATCH = options.rows
+    step.WORKS[EVERY] = ([step.WORKS[work][0][0] for work in STEPS], None)
     step.WORKS[FILLED] = ([(52, 2)], 2)
     step.SHARED[FILLED] = 38  # as of SST-2's rows with Qwen2.5's tokenizer and template
     for size in ("tiny",) if options.tiny else PUBLISHED:
-        for contender in CONTENDERS:
-            table.attempt(f"{size}, {contender}", deadline, partial(measure, table, size, contender, options))
-            release(options.device)
+        table.attempt(f"{size}, steps", deadline, partial(measure_size, table, size, options, deadline))
+        release(options.device)
         table.attempt(f"{size}, filling", deadline, partial(measure_filling, table, size, options))
         release(options.device)
+
+
+def measure_size(table: Table, size: str, options: argparse.Namespace, deadline: float) -> None:
+    """The steps of one size; ours are made on one network."""
+    from benchmarks import step
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cfg = step.make_config(folder, size, EVERY, len(STEPS) * options.rows, options.device, False)
+        before = resident(options.device)
+        ours = step.recipe_steps(step.make_recipe(cfg))
+        release(options.device)
+        weights = resident(options.device) - before
+        steps = {"SFT": ours["sft"], "cold": ours["cold"], "warm": ours["warm"]}
+        for other, beside in TURNS.items():
+
+            def take_turns(other: str = other, beside: Sequence[str] = beside) -> None:
+                before = resident(options.device)
+                turns = {other: contender_step(cfg, size, other)} | {name: steps[name] for name in beside}
+                release(options.device)
+                held = {name: weights for name in beside} | {other: resident(options.device) - before}
+                for work in STEPS:
+                    measure(table, size, work, turns, held, options)
+
+            table.attempt(f"{size}, {other}", deadline, take_turns)
+            release(options.device)
+
+
+def measure(
+    table: Table, size: str, work: str, turns: Mapping[str, Callable[[list[int]], Any]], held: Mapping[str, float],
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Rounds in which each takes a step on the same rows, in another order each; the first two warm up.
+
+    Args:
+        table (Table): gets a line for each.
+        size (str): of the networks.
+        work (str): of :data:`STEPS`.
+        turns (Mapping[str, Callable[[list[int]], Any]]): who takes them; "warm" is one of them.
+        held (Mapping[str, float]): GB of the weights of each.
+        options (argparse.Namespace): of the command line.
+    """
+    from benchmarks import step
+
+    rows = [STEPS.index(work) + len(STEPS) * number for number in range(options.rows)]
+    taken: dict[str, list[float]] = {name: [] for name in turns}
+    most = dict.fromkeys(turns, 0.0)
+    for number in range(2 + (2 if options.tiny else 5)):
+        for name in random.sample(list(turns), len(turns)):
+            before = resident(options.device)
+            reset_peak(options.device)
+            spent = step.seconds(partial(turns[name], rows), options.device)
+            if number >= 2:
+                taken[name].append(spent)
+                most[name] = max(most[name], peak(options.device) - before)
+    for name, times in taken.items():
+        add_times(table, size, work, next(iter(turns)), name, times, taken["warm"], held[name], most[name])
 
 
 def measure_filling(table: Table, size: str, options: argparse.Namespace) -> None:
     """Filling an empty cache with what rows share computed once, and row by row, beside an epoch of warm steps."""
     from benchmarks import step
 
-    rounds, rows = (1, 8) if options.tiny else (2, 64)
-    for found in step.measure_filling(size, FILLED, rounds, options.device, rows):
-        add_times(table, size, found["work"], found["variant"], [found["value"]], 0.0, 0.0)
-
-
-def measure(table: Table, size: str, contender: str, options: argparse.Namespace) -> None:
-    """Times of some steps of each work, after two that warm up, and the peak of memory beyond the weights."""
-    from benchmarks import step
-
-    times = 2 if options.tiny else 10
-    with tempfile.TemporaryDirectory() as folder:
-        before = resident(options.device)
-        run = contender_step(Path(folder), size, contender, options.device)
-        release(options.device)
-        weights = resident(options.device) - before
-        for work, rows in STEPS.items():
-            for _ in range(2):
-                run(rows)
-            reset_peak(options.device)
-            taken = [step.seconds(partial(run, rows), options.device) for _ in range(times)]
-            add_times(table, size, work, contender, taken, weights, peak(options.device) - before - weights)
+    rounds, rows = (1, 8) if options.tiny else (3, 16 * options.rows)
+    found = [r for r in step.measure_filling(size, FILLED, 1 + rounds, options.device, rows) if r["round"] > 1]
+    taken = {name: [r["value"] for r in found if r["variant"] == name] for name in {r["variant"]: None for r in found}}
+    for name, times in taken.items():
+        add_times(table, size, FILLED, "filling", name, times, taken["warm epoch"])
 
 
 def add_times(
-    table: Table, size: str, work: str, contender: str, taken: list[float], weights: float, beyond: float
-) -> None:
-    """One line of steps.csv."""
-    low, high = min(taken), max(taken)
+    table: Table, size: str, work: str, turn: str, contender: str, taken: list[float], yardstick: list[float],
+    weights: float = 0.0, beyond: float = 0.0,
+) -> None:  # fmt: skip
+    """One line of steps.csv; ratios are those within a round, `turn` is the other's name that took turns with ours."""
+    ratios = [one / other for one, other in zip(taken, yardstick, strict=True)]
     table.add(
         {
-            "size": size, "work": work, "contender": contender, "repetitions": len(taken),
-            "median_s": f"{statistics.median(taken):.5g}", "least_s": f"{low:.5g}", "most_s": f"{high:.5g}",
-            "weights_gb": f"{weights:.3f}", "peak_beyond_weights_gb": f"{beyond:.3f}",
+            "size": size, "work": work, "turn": turn, "contender": contender, "rounds": len(taken),
+            "median_s": f"{statistics.median(taken):.4g}", "to_warm": f"{statistics.median(ratios):.3f}",
+            "to_warm_least": f"{min(ratios):.3f}", "to_warm_most": f"{max(ratios):.3f}",
+            "weights_gb": f"{weights:.3f}", "peak_beyond_gb": f"{beyond:.3f}",
         }
     )  # fmt: skip
 
 
-def contender_step(folder: Path, size: str, contender: str, device: str) -> Callable[[list[int]], Any]:
-    """A function that makes one optimiser step on rows of :data:`EVERY`."""
+def contender_step(cfg: Any, size: str, contender: str) -> Callable[[list[int]], Any]:
+    """A function that makes another's optimiser step on rows of :data:`EVERY`."""
     from benchmarks import step
 
-    cfg = step.make_config(folder, size, EVERY, 8, device, False)
     if contender == "torchtune SFT":
         return step.torchtune_step(cfg)
     if contender == "published":
         return step.published_step(cfg)
-    if contender == "TRL SFT":
-        return trl_step(cfg, size)
-    return step.recipe_steps(step.make_recipe(cfg))[contender.lower()]
+    return trl_step(cfg, size)
 
 
 def trl_step(cfg: Any, size: str) -> Callable[[list[int]], Any]:
@@ -442,7 +484,7 @@ def trl_step(cfg: Any, size: str) -> Callable[[list[int]], Any]:
         model = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(network)](network)
     dataset = config.instantiate(cfg.dataset, None)
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": len(STEPS["matched"]), "use_cpu": cfg.device == "cpu", "bf16": cfg.device != "cpu",
+        "per_device_train_batch_size": cfg.batch_size, "use_cpu": cfg.device == "cpu", "bf16": cfg.device != "cpu",
         "report_to": "none", "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True, "max_steps": 1,
         "learning_rate": cfg.optimizer.lr,
     }  # fmt: skip
@@ -545,6 +587,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument(
+        "--rows", type=int, default=2, metavar="N", help="rows of a step (the paper's 2 leave a large GPU idle)"
+    )
     parser.add_argument("--story", metavar="FILE", help="an experiment to run last")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs of the story at a time (SmolLM2: 8)")
     parser.add_argument("--minutes", type=float, default=9.0, help="nothing is begun after so many")

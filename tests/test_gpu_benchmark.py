@@ -43,10 +43,12 @@ def test_every_check_ran_and_was_good(output):
 
 def test_every_contender_made_every_step(output):
     steps = rows(output / "steps.csv")
-    found = {(row["work"], row["contender"]) for row in steps}
-    assert found == {(work, contender) for work in gpu.STEPS for contender in gpu.CONTENDERS} | {
-        (gpu.FILLED, name) for name in ("filling", "filling apart", "warm epoch")
-    }
+    found = [(row["work"], row["turn"], row["contender"]) for row in steps]
+    assert sorted(found) == sorted(
+        [(work, turn, name) for work in gpu.STEPS for turn, beside in gpu.TURNS.items() for name in (turn, *beside)]
+        + [(gpu.FILLED, "filling", name) for name in ("filling", "filling apart", "warm epoch")]
+    )
+    assert all(float(row["to_warm"]) == 1 for row in steps if row["contender"] in ("warm", "warm epoch"))
     assert all(float(row["median_s"]) > 0 for row in steps)
     assert "torch" in (output / "environment.txt").read_text()
 
@@ -57,12 +59,12 @@ def broken(*_):
 
 def test_what_cannot_be_run_fails_by_name_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "trl_step", broken)
-    monkeypatch.setattr(gpu, "CONTENDERS", ("TRL SFT", "warm"))
+    monkeypatch.setattr(gpu, "TURNS", {"TRL SFT": ("warm",), "published": ("warm",)})
     monkeypatch.setattr(step, "measure_filling", broken)
     assert gpu.main([*TINY, "--output", str(tmp_path), "--parts", "steps"]) == 1
     out = capsys.readouterr().out
     assert "2 failed" in out and "tiny, TRL SFT: ImportError no such trainer" in out
-    assert {row["contender"] for row in rows(tmp_path / "steps.csv")} == {"warm"}
+    assert {row["contender"] for row in rows(tmp_path / "steps.csv")} == {"published", "warm"}
 
 
 def test_numbers_that_differ_fail(tmp_path, monkeypatch, capsys):
@@ -107,4 +109,4 @@ def test_an_experiment_that_fails_or_is_cut_is_a_failure(tmp_path, monkeypatch, 
 
 def test_nothing_is_begun_when_the_time_is_up(tmp_path, capsys):
     assert gpu.main([*TINY, "--output", str(tmp_path), "--minutes", "0", "--parts", "steps"]) == 1
-    assert f"{len(gpu.CONTENDERS) + 1} failed" in (out := capsys.readouterr().out) and "no time was left" in out
+    assert "2 failed" in (out := capsys.readouterr().out) and "no time was left" in out
