@@ -19,6 +19,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
@@ -56,7 +57,11 @@ def rank() -> int:
 
 
 def quiet_torchao() -> None:
-    """Drops the line that torchao writes when it is imported, about kernels that pact-tune does not use."""
+    """Drops the line that torchao writes when it is imported, about kernels that pact-tune does not use, and Python's warning.
+
+    The warning comes from Python 3.12 on, of an escape in torchao's source, where nothing has compiled that yet (uv does not).
+    """
+    warnings.filterwarnings("ignore", category=SyntaxWarning, module=r".*\btorchao\b")
     torchao = logging.getLogger("torchao")
     if _is_news not in torchao.filters:
         torchao.addFilter(_is_news)
