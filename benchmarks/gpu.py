@@ -359,7 +359,6 @@ def run_steps(table: Table, options: argparse.Namespace, deadline: float) -> Non
     from benchmarks import step
 
     step.SIZES["tiny"] = step.qwen2_like(TINY)
-    step.BATCH = options.rows
     step.WORKS[EVERY] = ([step.WORKS[work][0][0] for work in STEPS], None)
     step.WORKS[FILLED] = ([(52, 2)], 2)
     step.SHARED[FILLED] = 38  # as of SST-2's rows with Qwen2.5's tokenizer and template
@@ -376,7 +375,8 @@ def measure_size(table: Table, size: str, options: argparse.Namespace, deadline:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cfg = step.make_config(folder, size, EVERY, len(STEPS) * options.rows, options.device, False)
+        rows = len(STEPS) * options.rows
+        cfg = step.make_config(folder, size, EVERY, rows, options.device, False, batch_size=options.rows)
         before = resident(options.device)
         ours = step.recipe_steps(step.make_recipe(cfg))
         release(options.device)
@@ -432,7 +432,8 @@ def measure_filling(table: Table, size: str, options: argparse.Namespace) -> Non
     from benchmarks import step
 
     rounds, rows = (1, 8) if options.tiny else (3, 16 * options.rows)
-    found = [r for r in step.measure_filling(size, FILLED, 1 + rounds, options.device, rows) if r["round"] > 1]
+    found = step.measure_filling(size, FILLED, 1 + rounds, options.device, rows, batch_size=options.rows)
+    found = [row for row in found if row["round"] > 1]
     taken = {name: [r["value"] for r in found if r["variant"] == name] for name in {r["variant"]: None for r in found}}
     for name, times in taken.items():
         add_times(table, size, FILLED, "filling", name, times, taken["warm epoch"])

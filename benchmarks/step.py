@@ -449,11 +449,11 @@ def measure_run(size: str, work: str, rounds: int, device: str, rows: int = 4) -
     return [row | {"size": size, "work": work, "unit": "s", "checkpointing": False} for row in results]
 
 
-def measure_filling(size: str, work: str, rounds: int, device: str, rows: int = 48) -> list[dict]:
+def measure_filling(size: str, work: str, rounds: int, device: str, rows: int = 48, **overrides: Any) -> list[dict]:
     """An empty cache filled with what rows share computed once, and for each row; beside one epoch of warm steps."""
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        recipe = make_recipe(make_config(Path(folder), size, work, rows, device, False))
+        recipe = make_recipe(make_config(Path(folder), size, work, rows, device, False, **overrides))
         longest, cache, epoch = recipe.decoder.longest_shared, recipe.reference.cache, batches(recipe)
         assert cache is not None and longest
 
