@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, in one script of under nine minutes on one H100, without a network.
+"""Everything that wants a GPU, in one script that begins nothing after nine minutes, without a network.
 
     python -m benchmarks.gpu --output DIR                          on a GPU
     python -m benchmarks.gpu --output DIR --device cpu --tiny      every line of it on a CPU
