@@ -433,8 +433,10 @@ def measure_filling(table: Table, size: str, options: argparse.Namespace) -> Non
 
     rounds, rows = (1, 8) if options.tiny else (3, 16 * options.rows)
     found = step.measure_filling(size, FILLED, 1 + rounds, options.device, rows, batch_size=options.rows)
-    found = [row for row in found if row["round"] > 1]
-    taken = {name: [r["value"] for r in found if r["variant"] == name] for name in {r["variant"]: None for r in found}}
+    taken: dict[str, list[float]] = {}
+    for row in found:
+        if row["round"] > 1:
+            taken.setdefault(row["variant"], []).append(row["value"])
     for name, times in taken.items():
         add_times(table, size, FILLED, "filling", name, times, taken["warm epoch"])
 
